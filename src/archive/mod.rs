@@ -1,0 +1,1 @@
+//! WAL in, parts and segments out.

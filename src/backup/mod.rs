@@ -1,0 +1,1 @@
+//! Files in, packs and a commit object out.

@@ -1,0 +1,1 @@
+//! The service: one task tree an environment.

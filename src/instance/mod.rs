@@ -1,0 +1,1 @@
+//! PostgreSQL as programs on this host: locate, configure, start, wait, stop.

@@ -1,0 +1,1 @@
+//! A running PostgreSQL over the replication protocol, and by ordinary queries.

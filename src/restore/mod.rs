@@ -1,0 +1,1 @@
+//! Bytes out: plan, fetch, recovery, acceptance.

@@ -1,0 +1,8 @@
+//! Helpers without domain words.
+
+pub mod clock;
+pub mod digest;
+pub mod durable_fs;
+pub mod retry;
+pub mod secret;
+pub mod units;

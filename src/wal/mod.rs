@@ -1,0 +1,1 @@
+//! WAL parser: bytes in, records out; pure.
