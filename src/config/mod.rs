@@ -1,1 +1,159 @@
-//! The configuration file.
+//! The configuration file: as written → validated, with every problem at once → [`Config`].
+//!
+//! One TOML file names any number of environments. Unknown keys are errors; durations and sizes carry their unit;
+//! secrets are referred to by file or environment variable and read only by those who need them. An environment
+//! inherits what it does not say from `[defaults]`, sub-tables key by key.
+//!
+//! Services take small `Settings` of their own; this module builds them, and they never see `config`.
+//! `config.example.toml` at the root of the tree holds every key; a test keeps it equal to the defaults here.
+
+mod document;
+mod environment;
+mod secret_ref;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+pub use document::Problem;
+pub use environment::{Archive, Environment, EnvironmentName, Location, Postgres, Restore, S3};
+pub use secret_ref::{SecretError, SecretRef};
+
+use crate::error::{Code, Failure};
+use crate::telemetry;
+use crate::util::nearest::nearest;
+use document::{Document, Section};
+
+/// Where the configuration lies when neither `--config` nor `PGRECALL_CONFIG` names another file.
+pub const DEFAULT_PATH: &str = "/etc/pgrecall/config.toml";
+const DEFAULT_CONTROL_SOCKET: &str = "/run/pgrecall/control.sock";
+
+/// A valid configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub path: PathBuf,
+    pub log: telemetry::Settings,
+    pub control_socket: PathBuf,
+    pub environments: BTreeMap<EnvironmentName, Environment>,
+}
+
+/// Why there is no configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("read the configuration {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("use the configuration {path}: {}", listed(problems))]
+    Invalid { path: PathBuf, problems: Vec<Problem> },
+}
+
+/// The file to read: what `--config` says, else `PGRECALL_CONFIG`, else [`DEFAULT_PATH`].
+pub fn locate(flag: Option<&Path>) -> PathBuf {
+    let named = flag.map(Path::to_path_buf);
+    let variable = || std::env::var_os("PGRECALL_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from);
+    named.or_else(variable).unwrap_or_else(|| PathBuf::from(DEFAULT_PATH))
+}
+
+impl Config {
+    /// Reads and validates a file.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] lists every problem, in the order of the lines.
+    pub fn load(path: &Path) -> Result<Config, ConfigError> {
+        let text = std::fs::read_to_string(path);
+        let text = text.map_err(|source| ConfigError::Read { path: path.to_path_buf(), source })?;
+        Config::parse(&text, path).map_err(|problems| ConfigError::Invalid { path: path.to_path_buf(), problems })
+    }
+
+    /// Validates a text; `path` is only remembered.
+    pub fn parse(text: &str, path: &Path) -> Result<Config, Vec<Problem>> {
+        let document = Document::new(text);
+        let table = document.parse();
+        // After an error of the syntax the rest of the text may have landed in the wrong table.
+        if document.has_problems() {
+            return Err(document.into_problems());
+        }
+        let root = document.root(&table);
+        let log = read_log(root.table("log"));
+        let control_socket = root.parsed("control_socket", environment::absolute_path);
+        let mut environments = BTreeMap::new();
+        for (name, section) in root.named_tables("environment", "defaults") {
+            match EnvironmentName::new(&name.value) {
+                Ok(parsed) => {
+                    let place = section.place();
+                    let environment = Environment::read(parsed.clone(), section);
+                    for other in environments.values().filter(|other| environment.shares_slot_with(other)) {
+                        document.report(place.0, &place.1, shared_slot(other));
+                    }
+                    environments.insert(parsed, environment);
+                }
+                Err(message) => section.report_at(&name, message),
+            }
+        }
+        if !root.table("environment").is_written() {
+            root.report("no environment is configured: add a table [environment.NAME]");
+        }
+        root.finish();
+        match document.into_problems() {
+            problems if problems.is_empty() => Ok(Config {
+                path: path.to_path_buf(),
+                log,
+                control_socket: control_socket.unwrap_or_else(|| PathBuf::from(DEFAULT_CONTROL_SOCKET)),
+                environments,
+            }),
+            problems => Err(problems),
+        }
+    }
+
+    /// The environment of that name.
+    ///
+    /// # Errors
+    /// Names the nearest one, or all of them.
+    pub fn environment(&self, name: &str) -> Result<&Environment, Failure> {
+        if let Some((_, environment)) = self.environments.iter().find(|(known, _)| known.as_str() == name) {
+            return Ok(environment);
+        }
+        let known: Vec<&str> = self.environments.keys().map(EnvironmentName::as_str).collect();
+        let failure = Failure::new(Code::NotFound, format!("find environment {name} in {}", self.path.display()));
+        Err(match nearest(name, known.iter().copied()) {
+            Some(meant) => failure.hint(format!("Did you mean {meant}?")),
+            None => failure.hint(format!("The configured environments are: {}.", known.join(", "))),
+        })
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Failure {
+        let failure = Failure::new(Code::Configuration, error.to_string());
+        match error {
+            ConfigError::Read { source, .. } if source.kind() == std::io::ErrorKind::NotFound => {
+                failure.hint(format!("Name the file with --config or PGRECALL_CONFIG, or put it at {DEFAULT_PATH}."))
+            }
+            ConfigError::Read { .. } => failure,
+            ConfigError::Invalid { .. } => failure.hint("config.example.toml explains every key."),
+        }
+    }
+}
+
+fn read_log(section: Section<'_>) -> telemetry::Settings {
+    let default = telemetry::Settings::default();
+    let settings = telemetry::Settings {
+        format: section.parsed("format", str::parse).unwrap_or(default.format),
+        level: section.parsed("level", telemetry::parse_level).unwrap_or(default.level),
+    };
+    section.finish();
+    settings
+}
+
+fn shared_slot(other: &Environment) -> String {
+    let slot = other.postgres.as_ref().map_or("", |postgres| &postgres.slot);
+    format!("uses the same server and replication slot {slot} as environment.{}", other.name)
+}
+
+fn listed(problems: &[Problem]) -> String {
+    let count = match problems.len() {
+        1 => "one problem".to_owned(),
+        count => format!("{count} problems"),
+    };
+    problems.iter().fold(count, |text, problem| format!("{text}\n  {problem}"))
+}

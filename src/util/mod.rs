@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod digest;
 pub mod durable_fs;
+pub mod nearest;
 pub mod retry;
 pub mod secret;
 pub mod units;

@@ -1,0 +1,77 @@
+//! The command line as a script sees it: what is printed where, and the exit status.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn pgrecall(arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pgrecall"));
+    command.args(arguments).env_remove("PGRECALL_CONFIG").env_remove("PGRECALL_LOG");
+    command.output().expect("run pgrecall")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).expect("UTF-8")
+}
+
+fn write(dir: &Path, content: &str) -> String {
+    let path = dir.join("config.toml");
+    pgrecall::util::durable_fs::write(&path, content.as_bytes(), 0o600).expect("write the configuration");
+    path.to_str().expect("UTF-8").to_owned()
+}
+
+#[test]
+fn a_broken_configuration_lists_every_problem_and_ends_with_3() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let config = write(dir.path(), "[environment.shop]\nrpo = 5\nwindw = \"1d\"\nrepository = \"file:///a\"\n");
+    let run = pgrecall(&["--config", &config, "config", "check"]);
+    assert_eq!(run.status.code(), Some(3));
+    assert_eq!(text(&run.stdout), "");
+    let stderr = text(&run.stderr);
+    assert!(stderr.starts_with(&format!("error: failed to use the configuration {config}: 2 problems\n")), "{stderr}");
+    assert!(stderr.contains("\n  line 2: environment.shop.rpo: needs a unit"), "{stderr}");
+    assert!(stderr.contains("\n  line 3: environment.shop.windw: unknown key (did you mean window?)"), "{stderr}");
+
+    let run = pgrecall(&["config", "check", "--config", &config, "--json"]);
+    assert_eq!(run.status.code(), Some(3));
+    let report: serde_json::Value = serde_json::from_slice(&run.stdout).expect("JSON on standard output");
+    assert_eq!(report["valid"], false);
+    assert_eq!(
+        (&report["problems"][1]["line"], &report["problems"][1]["key"]),
+        (&3.into(), &"environment.shop.windw".into())
+    );
+    let failure: serde_json::Value = serde_json::from_slice(&run.stderr).expect("JSON on standard error");
+    assert_eq!(failure["error"]["code"], "configuration");
+}
+
+#[test]
+fn a_good_configuration_is_told_in_short_and_an_unreadable_secret_is_named() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let config = write(dir.path(), "[environment.shop]\npostgres = \"host=/tmp\"\nrepository = \"file:///a\"\n");
+    let run = pgrecall(&["--config", &config, "config", "check"]);
+    assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
+    assert!(text(&run.stdout).contains("shop: file:///a, slot pgrecall_shop"));
+
+    let config = write(
+        dir.path(),
+        "[environment.shop]\nrepository = \"file:///a\"\nencryption.master_key_file = \"/nowhere\"\n",
+    );
+    let run = pgrecall(&["--config", &config, "config", "check"]);
+    assert_eq!(run.status.code(), Some(3));
+    assert!(text(&run.stderr).contains("shop: read /nowhere: No such file"), "{}", text(&run.stderr));
+}
+
+#[test]
+fn a_missing_configuration_says_where_it_may_lie() {
+    let run = pgrecall(&["config", "check", "--config", "/nowhere/config.toml"]);
+    assert_eq!(run.status.code(), Some(3));
+    let stderr = text(&run.stderr);
+    assert!(stderr.contains("hint: Name the file with --config or PGRECALL_CONFIG"), "{stderr}");
+}
+
+#[test]
+fn wrong_arguments_end_with_2() {
+    assert_eq!(pgrecall(&["frobnicate"]).status.code(), Some(2));
+    let version = pgrecall(&["--version"]);
+    assert_eq!(version.status.code(), Some(0));
+    assert_eq!(text(&version.stdout), format!("pgrecall {}\n", env!("CARGO_PKG_VERSION")));
+}
