@@ -1,1 +1,19 @@
 //! What is stored and how.
+
+pub mod backup_object;
+pub mod catalogue;
+pub mod codec;
+pub mod coverage;
+pub mod crypto;
+pub mod format;
+pub mod generation;
+pub mod identity;
+pub mod layout;
+pub mod location;
+pub mod pack;
+pub mod store;
+
+pub use format::{Repository, RepositoryError};
+pub use layout::{BackupId, Generation, Incarnation, Key};
+pub use location::Location;
+pub use store::{Store, StoreError};

@@ -1,0 +1,247 @@
+//! One environment's repository, opened: the store, the codec with its key, the format version.
+//!
+//! `format.json` and `keys/` are plain JSON, for they are read before anything can be opened; everything else is an
+//! object of [`super::codec`]. `format.json` has no time and no writer in it, so two first writers write the same bytes.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::codec::{Codec, CodecError, Kind};
+use super::crypto::{DataKey, MasterKey};
+use super::layout::{self, Key, prefix};
+use super::store::{Store, StoreError};
+use crate::util::digest::{hex, unhex};
+
+/// The format that this program writes and reads.
+pub const FORMAT_VERSION: u32 = 1;
+/// Facts (marks, leases, identities, claims) are small.
+const FACT_BYTES_MAX: u64 = 1 << 20;
+const DATA_KEY_ID: u32 = 1;
+
+/// The content of `format.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Format {
+    format: String,
+    version: u32,
+    encrypted: bool,
+}
+
+/// The content of an object below `keys/`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct WrappedKey {
+    key_id: u32,
+    /// How the data key is wrapped; `aes-256-gcm` by a master key is the only way so far.
+    wrap: String,
+    master: String,
+    wrapped: String,
+}
+
+/// Why a repository cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RepositoryError {
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("read {key}: {source}")]
+    Corrupt { key: String, source: CodecError },
+    #[error("read {key}: {reason}")]
+    Malformed { key: String, reason: String },
+    #[error("there is no repository at {0}")]
+    Missing(String),
+    #[error("the repository at {place} has format version {found}, this program reads version {FORMAT_VERSION}")]
+    Version { place: String, found: u32 },
+    #[error("the repository at {0} is encrypted, and no master key is configured")]
+    KeyMissing(String),
+    #[error("the repository at {0} is not encrypted, and a master key is configured")]
+    NotEncrypted(String),
+    #[error("the data key of {place} is wrapped by the master keys {found}, not by the configured one ({configured})")]
+    OtherMasterKey { place: String, found: String, configured: String },
+    #[error("work on the blocking pool was cancelled")]
+    Stopping,
+}
+
+impl RepositoryError {
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, RepositoryError::Store(e) if e.is_not_found())
+    }
+
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, RepositoryError::Store(e) if e.is_retryable())
+    }
+
+    /// Bytes in the store are not what they should be.
+    pub fn is_corrupt(&self) -> bool {
+        matches!(self, RepositoryError::Corrupt { .. } | RepositoryError::Malformed { .. })
+    }
+}
+
+/// An open repository; cheap to clone.
+#[derive(Clone)]
+pub struct Repository {
+    store: Store,
+    codec: Codec,
+}
+
+impl Repository {
+    /// Opens for reading; writes nothing.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Missing`] when nothing was ever written there, and the other cases as named.
+    pub async fn open(store: Store, level: i32, master: Option<&MasterKey>) -> Result<Repository, RepositoryError> {
+        match Self::load(&store, level, master).await? {
+            Some(repository) => Ok(repository),
+            None => Err(RepositoryError::Missing(store.place().to_owned())),
+        }
+    }
+
+    /// Opens for writing; makes `format.json`, and the data key of an encrypted environment, when there is none.
+    pub async fn open_or_create(
+        store: Store,
+        level: i32,
+        master: Option<&MasterKey>,
+    ) -> Result<Repository, RepositoryError> {
+        if let Some(repository) = Self::load(&store, level, master).await? {
+            return Ok(repository);
+        }
+        if let Some(master) = master {
+            create_data_key(&store, master).await?;
+        }
+        let format = Format { format: "pgrecall".into(), version: FORMAT_VERSION, encrypted: master.is_some() };
+        store.put(&Key::format(), to_json(&format)).await?;
+        Self::open(store, level, master).await
+    }
+
+    async fn load(store: &Store, level: i32, master: Option<&MasterKey>) -> Result<Option<Self>, RepositoryError> {
+        let place = || store.place().to_owned();
+        let Some(format) = read_json::<Format>(store, &Key::format()).await? else { return Ok(None) };
+        if format.format != "pgrecall" || format.version != FORMAT_VERSION {
+            return Err(RepositoryError::Version { place: place(), found: format.version });
+        }
+        let key = match (format.encrypted, master) {
+            (false, None) => None,
+            (false, Some(_)) => return Err(RepositoryError::NotEncrypted(place())),
+            (true, None) => return Err(RepositoryError::KeyMissing(place())),
+            (true, Some(master)) => Some(Arc::new(load_data_key(store, master).await?)),
+        };
+        Ok(Some(Repository { store: store.clone(), codec: Codec::new(level, key) }))
+    }
+
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub fn codec(&self) -> &Codec {
+        &self.codec
+    }
+
+    /// Encodes on the blocking pool and stores.
+    pub async fn write(&self, key: &Key, kind: Kind, content: Bytes) -> Result<Written, RepositoryError> {
+        let (codec, name) = (self.codec.clone(), key.clone());
+        let encoded = tokio::task::spawn_blocking(move || codec.encode(&name, kind, &content)).await;
+        let encoded = encoded.map_err(|_| RepositoryError::Stopping)?.map_err(|e| corrupt(key, e))?;
+        let bytes = encoded.bytes.len() as u64;
+        let e_tag = self.store.put(key, Bytes::from(encoded.bytes)).await?;
+        Ok(Written { bytes, e_tag })
+    }
+
+    /// Reads, verifies and decodes content of at most `limit` bytes; damaged bytes are read once more before they count.
+    pub async fn read(&self, key: &Key, kind: Kind, limit: u64) -> Result<Bytes, RepositoryError> {
+        // Compressed and sealed bytes can be slightly longer than the content.
+        let stored_limit = limit.saturating_add(limit / 64).saturating_add(4096);
+        let mut again = true;
+        loop {
+            let bytes = self.store.get(key, stored_limit).await?;
+            let (codec, name) = (self.codec.clone(), key.clone());
+            let decoded = tokio::task::spawn_blocking(move || codec.decode(&name, kind, &bytes, limit)).await;
+            match decoded.map_err(|_| RepositoryError::Stopping)? {
+                Ok(content) => return Ok(content.into()),
+                Err(_) if again => again = false,
+                Err(source) => return Err(corrupt(key, source)),
+            }
+        }
+    }
+
+    /// Stores a small fact as JSON.
+    pub async fn write_fact(&self, key: &Key, kind: Kind, fact: &impl Serialize) -> Result<(), RepositoryError> {
+        self.write(key, kind, to_json(fact).into()).await.map(drop)
+    }
+
+    /// Reads a small fact.
+    pub async fn read_fact<T: DeserializeOwned>(&self, key: &Key, kind: Kind) -> Result<T, RepositoryError> {
+        let content = self.read(key, kind, FACT_BYTES_MAX).await?;
+        parse_json(key, &content)
+    }
+
+    /// Wraps the data key by another master key; the objects that the old one wrapped are removed afterwards.
+    pub async fn rotate_master(&self, old: &MasterKey, new: &MasterKey) -> Result<(), RepositoryError> {
+        let data_key = load_data_key(&self.store, old).await?;
+        put_wrapped(&self.store, &data_key, new).await?;
+        load_data_key(&self.store, new).await?;
+        self.store.delete(&Key::data_key(data_key.id(), &old.fingerprint())).await?;
+        Ok(())
+    }
+}
+
+/// What [`Repository::write`] stored.
+#[derive(Debug, Clone)]
+pub struct Written {
+    pub bytes: u64,
+    pub e_tag: Option<String>,
+}
+
+pub(super) fn corrupt(key: &Key, source: CodecError) -> RepositoryError {
+    RepositoryError::Corrupt { key: key.as_str().to_owned(), source }
+}
+
+pub(super) fn parse_json<T: DeserializeOwned>(key: &Key, content: &[u8]) -> Result<T, RepositoryError> {
+    let wrong = |e: serde_json::Error| RepositoryError::Malformed { key: key.as_str().into(), reason: e.to_string() };
+    serde_json::from_slice(content).map_err(wrong)
+}
+
+pub(super) fn to_json(value: &impl Serialize) -> Vec<u8> {
+    let mut bytes = serde_json::to_vec_pretty(value).expect("facts have only text keys");
+    bytes.push(b'\n');
+    bytes
+}
+
+async fn read_json<T: DeserializeOwned>(store: &Store, key: &Key) -> Result<Option<T>, RepositoryError> {
+    match store.get(key, FACT_BYTES_MAX).await {
+        Ok(bytes) => parse_json(key, &bytes).map(Some),
+        Err(e) if e.is_not_found() => Ok(None),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// A first writer that was killed between its key and `format.json` left a key: that one is taken.
+async fn create_data_key(store: &Store, master: &MasterKey) -> Result<(), RepositoryError> {
+    if !store.list(prefix::KEYS).await?.is_empty() {
+        return load_data_key(store, master).await.map(drop);
+    }
+    put_wrapped(store, &DataKey::generate(DATA_KEY_ID), master).await
+}
+
+async fn put_wrapped(store: &Store, data_key: &DataKey, master: &MasterKey) -> Result<(), RepositoryError> {
+    let key = Key::data_key(data_key.id(), &master.fingerprint());
+    let wrapped = hex(&master.wrap(data_key, key.as_str()));
+    let fact = WrappedKey { key_id: data_key.id(), wrap: "aes-256-gcm".into(), master: master.fingerprint(), wrapped };
+    store.put(&key, to_json(&fact)).await?;
+    Ok(())
+}
+
+async fn load_data_key(store: &Store, master: &MasterKey) -> Result<DataKey, RepositoryError> {
+    let listed = store.list(prefix::KEYS).await?;
+    let wraps: Vec<_> = listed.iter().filter_map(|o| Some((&o.key, layout::parse_data_key(&o.key)?))).collect();
+    let Some((key, _)) = wraps.iter().find(|(_, (_, by))| *by == master.fingerprint()) else {
+        let found = wraps.iter().map(|(_, (_, by))| by.as_str()).collect::<Vec<_>>().join(", ");
+        let (place, configured) = (store.place().to_owned(), master.fingerprint());
+        return Err(RepositoryError::OtherMasterKey { place, found, configured });
+    };
+    let bytes = store.get(key, FACT_BYTES_MAX).await?;
+    let fact: WrappedKey = parse_json(key, &bytes)?;
+    let wrapped = unhex(&fact.wrapped).unwrap_or_default();
+    master.unwrap(fact.key_id, &wrapped, key.as_str()).map_err(|e| corrupt(key, e.into()))
+}
+
+#[cfg(test)]
+mod tests;

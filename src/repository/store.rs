@@ -1,0 +1,275 @@
+//! A narrow interface to the object store: put, get, head, list, delete, each bounded in time and retried here.
+//!
+//! Every attempt has a time limit that grows with the bytes it moves, every operation a limit on attempts. What can
+//! only be cured by a person (access denied, no such bucket, a skewed clock) is never retried. Safety never rests on
+//! create-only writes: names carry content, so writing one twice is harmless.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use chrono::{DateTime, Utc};
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload};
+
+use super::layout::Key;
+use super::location::Location;
+use crate::util::retry::Backoff;
+
+/// How long and how often an operation may try.
+#[derive(Debug, Clone)]
+pub struct StoreSettings {
+    pub attempts_max: u32,
+    /// Limit of one attempt, without the time for its bytes.
+    pub attempt_timeout: Duration,
+    /// Slowest transfer that is still waited for.
+    pub bytes_per_second_min: u64,
+}
+
+impl Default for StoreSettings {
+    fn default() -> Self {
+        StoreSettings { attempts_max: 5, attempt_timeout: Duration::from_secs(10), bytes_per_second_min: 256 << 10 }
+    }
+}
+
+/// Why an operation on the store did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    #[error("{0}")]
+    Settings(String),
+    #[error("{action} {key}: the object does not exist")]
+    NotFound { action: &'static str, key: String },
+    /// A person must act: credentials, rights, bucket, clock, a header that the store does not take.
+    #[error("{action} {key}: the store refuses: {reason}")]
+    Refused { action: &'static str, key: String, reason: String, hint: &'static str },
+    #[error("{action} {key}: {reason} (after {attempts} attempts)")]
+    Unavailable { action: &'static str, key: String, reason: String, attempts: u32 },
+    #[error("{action} {key}: the object has {bytes} bytes, more than the {limit} that it may have")]
+    TooLarge { action: &'static str, key: String, bytes: u64, limit: u64 },
+}
+
+impl StoreError {
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, StoreError::NotFound { .. })
+    }
+
+    /// Whether the same call may work later without anybody doing anything.
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, StoreError::Unavailable { .. })
+    }
+
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            StoreError::Refused { hint, .. } => Some(hint),
+            _ => None,
+        }
+    }
+}
+
+/// What a listing or a HEAD says of an object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Object {
+    pub key: Key,
+    pub bytes: u64,
+    /// By the store's clock.
+    pub last_modified: DateTime<Utc>,
+    pub e_tag: Option<String>,
+}
+
+/// One environment's folder in a store.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    root: Path,
+    settings: StoreSettings,
+    place: String,
+}
+
+impl Store {
+    /// # Errors
+    /// [`StoreError::Settings`] when the location's settings cannot be used. Nothing is sent yet.
+    pub fn open(location: &Location, environment: &str, settings: StoreSettings) -> Result<Store, StoreError> {
+        let (inner, root) = location.open()?;
+        let place = format!("{location}/{environment}");
+        Ok(Store { inner, root: root.join(environment), settings, place })
+    }
+
+    /// The location and the environment, for messages.
+    pub fn place(&self) -> &str {
+        &self.place
+    }
+
+    /// Writes an object. Writing the same name again is harmless by the way names are made. Returns the store's tag.
+    pub async fn put(&self, key: &Key, bytes: impl Into<PutPayload>) -> Result<Option<String>, StoreError> {
+        let (path, payload) = (self.path(key), bytes.into());
+        let size = payload.content_length() as u64;
+        let result = self.attempt("store", key.as_str(), size, || self.inner.put(&path, payload.clone())).await?;
+        Ok(result.e_tag)
+    }
+
+    /// Writes an object as pieces that are not copied together.
+    pub async fn put_pieces(&self, key: &Key, pieces: Vec<Bytes>) -> Result<Option<String>, StoreError> {
+        self.put(key, PutPayload::from_iter(pieces)).await
+    }
+
+    /// Reads a whole object of at most `limit` bytes.
+    pub async fn get(&self, key: &Key, limit: u64) -> Result<Bytes, StoreError> {
+        let path = self.path(key);
+        let attempt = || async {
+            let result = self.inner.get(&path).await?;
+            if result.meta.size > limit {
+                return Ok(Err(result.meta.size));
+            }
+            let declared = result.meta.size;
+            let bytes = result.bytes().await?;
+            if bytes.len() as u64 == declared { Ok(Ok(bytes)) } else { Err(cut(declared, bytes.len())) }
+        };
+        match self.attempt("read", key.as_str(), limit.min(64 << 20), attempt).await? {
+            Ok(bytes) => Ok(bytes),
+            Err(bytes) => Err(StoreError::TooLarge { action: "read", key: key.as_str().into(), bytes, limit }),
+        }
+    }
+
+    /// Reads `[start, end)` of an object; fewer bytes than asked for are an error.
+    pub async fn get_range(&self, key: &Key, range: std::ops::Range<u64>) -> Result<Bytes, StoreError> {
+        let path = self.path(key);
+        let wanted = range.end.saturating_sub(range.start);
+        let attempt = || async {
+            let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
+            let bytes = self.inner.get_opts(&path, options).await?.bytes().await?;
+            if bytes.len() as u64 == wanted { Ok(bytes) } else { Err(cut(wanted, bytes.len())) }
+        };
+        self.attempt("read", key.as_str(), wanted, attempt).await
+    }
+
+    /// Size, time and tag, or `None` when the object does not exist.
+    pub async fn head(&self, key: &Key) -> Result<Option<Object>, StoreError> {
+        let path = self.path(key);
+        match self.attempt("ask for", key.as_str(), 0, || self.inner.head(&path)).await {
+            Ok(meta) => Ok(self.object(meta)),
+            Err(e) if e.is_not_found() => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Every object below `prefix` (a folder, without a slash at its end), sorted by key.
+    pub async fn list(&self, prefix: &str) -> Result<Vec<Object>, StoreError> {
+        let path = Path::parse(format!("{}/{prefix}", self.root)).map_err(|e| StoreError::Settings(e.to_string()))?;
+        let attempt = || self.inner.list(Some(&path)).try_collect::<Vec<_>>();
+        // A listing has no length known beforehand: its limit is that of a large object.
+        let listed = self.attempt("list", prefix, 64 << 20, attempt).await?;
+        let mut objects: Vec<Object> = listed.into_iter().filter_map(|meta| self.object(meta)).collect();
+        objects.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(objects)
+    }
+
+    /// The names of the folders directly below `prefix` (empty for the root).
+    pub async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let path = Path::parse(format!("{}/{prefix}", self.root)).map_err(|e| StoreError::Settings(e.to_string()))?;
+        let listed = self.attempt("list", prefix, 0, || self.inner.list_with_delimiter(Some(&path))).await?;
+        Ok(listed.common_prefixes.iter().filter_map(|p| p.filename().map(str::to_owned)).collect())
+    }
+
+    /// Deletes an object; one that is not there counts as deleted.
+    pub async fn delete(&self, key: &Key) -> Result<(), StoreError> {
+        let path = self.path(key);
+        match self.attempt("delete", key.as_str(), 0, || self.inner.delete(&path)).await {
+            Err(e) if !e.is_not_found() => Err(e),
+            _ => Ok(()),
+        }
+    }
+
+    fn path(&self, key: &Key) -> Path {
+        Path::from_iter(self.root.parts().chain(Path::from(key.as_str()).parts()))
+    }
+
+    fn object(&self, meta: ObjectMeta) -> Option<Object> {
+        let relative: Vec<_> = meta.location.prefix_match(&self.root)?.collect();
+        let name = relative.iter().map(AsRef::as_ref).collect::<Vec<&str>>().join("/");
+        let (bytes, last_modified, e_tag) = (meta.size, meta.last_modified, meta.e_tag);
+        Some(Object { key: Key::listed(name), bytes, last_modified, e_tag })
+    }
+
+    async fn attempt<T, F, R>(&self, action: &'static str, key: &str, bytes: u64, run: F) -> Result<T, StoreError>
+    where
+        F: Fn() -> R,
+        R: Future<Output = object_store::Result<T>>,
+    {
+        let moving = Duration::from_secs(bytes / self.settings.bytes_per_second_min.max(1));
+        let limit = self.settings.attempt_timeout + moving;
+        let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+        let mut attempts = 0;
+        loop {
+            attempts += 1;
+            let reason = match tokio::time::timeout(limit, run()).await {
+                Ok(Ok(value)) => return Ok(value),
+                Ok(Err(error)) => match classify(action, key, error) {
+                    Ok(reason) => reason,
+                    Err(fatal) => return Err(fatal),
+                },
+                Err(_) => format!("no answer within {} s", limit.as_secs()),
+            };
+            if attempts >= self.settings.attempts_max {
+                return Err(StoreError::Unavailable { action, key: key.to_owned(), reason, attempts });
+            }
+            tracing::debug!(object = key, attempt = attempts, error = %reason, "store operation will be retried");
+            tokio::time::sleep(backoff.delay()).await;
+        }
+    }
+}
+
+fn cut(declared: u64, got: usize) -> object_store::Error {
+    let source = format!("the answer was cut: {got} of {declared} bytes").into();
+    object_store::Error::Generic { store: "store", source }
+}
+
+/// Error codes of S3 that only a person can cure, with what to do.
+const REFUSALS: [(&str, &str); 12] = [
+    ("NoSuchBucket", "Create the bucket, or correct `repository` in the configuration."),
+    ("RequestTimeTooSkewed", "Set this host's clock (NTP): the store refuses requests from another time."),
+    ("ExpiredToken", "Renew the credentials: the session token has expired."),
+    ("TokenRefreshRequired", "Renew the credentials: the session token has expired."),
+    ("InvalidAccessKeyId", "Correct the access key in the configuration: the store does not know it."),
+    ("SignatureDoesNotMatch", "Correct the secret key in the configuration: it does not belong to the access key."),
+    ("AuthorizationHeaderMalformed", "Correct `region` in the configuration."),
+    ("PermanentRedirect", "Correct `region` or `endpoint` in the configuration: the bucket lives elsewhere."),
+    ("InvalidBucketName", "Correct the bucket's name in the configuration."),
+    ("AccessDenied", "Grant the credentials the right to do this, or use others."),
+    ("x-amz-checksum", "Set `checksum = false` for this store: it does not take checksum headers."),
+    ("x-amz-sdk-checksum", "Set `checksum = false` for this store: it does not take checksum headers."),
+];
+
+/// The reason when another attempt makes sense, else the error.
+fn classify(action: &'static str, key: &str, error: object_store::Error) -> Result<String, StoreError> {
+    let reason = chain(&error);
+    let refusal = REFUSALS.iter().find(|(code, _)| reason.contains(code)).map(|(_, hint)| *hint);
+    let denied =
+        matches!(error, object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. });
+    let key = key.to_owned();
+    if let Some(hint) = refusal {
+        return Err(StoreError::Refused { action, key, reason, hint });
+    }
+    if matches!(error, object_store::Error::NotFound { .. }) {
+        return Err(StoreError::NotFound { action, key });
+    }
+    if denied || reason.contains("403 Forbidden") || reason.contains("401 Unauthorized") {
+        let hint = "Check the credentials and what they may do with the bucket or directory.";
+        return Err(StoreError::Refused { action, key, reason, hint });
+    }
+    Ok(reason)
+}
+
+/// The error with its causes: the innermost one often says the most (a certificate, a host name).
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let more = cause.to_string();
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        source = cause.source();
+    }
+    text
+}
