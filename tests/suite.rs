@@ -1,3 +1,17 @@
-//! Every integration test in one program: linking once is what makes them quick to build.
+//! The integration tests: real PostgreSQL, real object store. `scripts/test` prepares the machine and runs them.
+//!
+//! One binary, so that it links once. A capability is a file of `tests/`, declared below; what it needs to stand on is in
+//! `common`. Run a part with `scripts/test --test suite NAME`.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::disallowed_methods,
+    reason = "a test may stop with a message, and its files need not survive a power cut"
+)]
+
+mod common;
 
 mod cli;
+mod harness;
