@@ -1,0 +1,104 @@
+//! The calls that others may make to the running service.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use tokio::sync::{mpsc, watch};
+
+use super::snapshot::{BackupProgress, EnvironmentSnapshot, Snapshot};
+use crate::error::{Code, Failure};
+use crate::pg::Timestamp;
+use crate::util::clock;
+use crate::util::nearest::nearest;
+
+/// Requests that wait for one environment; each is some bytes.
+pub const REQUESTS_MAX: usize = 8;
+
+/// Something an environment's task is asked to do.
+#[derive(Debug)]
+pub enum Request {
+    /// Take a backup and say how it goes; the last value sent is final.
+    Backup { progress: ProgressSender },
+}
+
+/// Tells whoever asked for a backup how it goes. Dropped before a final value, it says that the task has ended.
+#[derive(Debug)]
+pub struct ProgressSender(watch::Sender<BackupProgress>);
+
+impl ProgressSender {
+    pub fn send(&self, progress: BackupProgress) {
+        self.0.send_replace(progress);
+    }
+}
+
+impl Drop for ProgressSender {
+    fn drop(&mut self) {
+        if !self.0.borrow().is_final() {
+            let failure = Failure::new(Code::Cancelled, "finish the backup: the environment's task has ended");
+            self.send(BackupProgress::Failed(failure.retryable().hint("The daemon's log says why; ask again.")));
+        }
+    }
+}
+
+impl Request {
+    /// Answers with a failure.
+    pub fn refuse(self, failure: Failure) {
+        match self {
+            Request::Backup { progress } => progress.send(BackupProgress::Failed(failure)),
+        }
+    }
+}
+
+/// A cheap copy of the way to the service.
+#[derive(Debug, Clone)]
+pub struct Handle {
+    started_at: Timestamp,
+    environments: Arc<BTreeMap<String, EnvironmentHandle>>,
+}
+
+/// The way to one environment's task.
+#[derive(Debug)]
+pub struct EnvironmentHandle {
+    pub snapshot: watch::Receiver<EnvironmentSnapshot>,
+    pub requests: mpsc::Sender<Request>,
+}
+
+impl Handle {
+    pub fn new(started_at: Timestamp, environments: BTreeMap<String, EnvironmentHandle>) -> Self {
+        Handle { started_at, environments: Arc::new(environments) }
+    }
+
+    pub fn snapshot(&self) -> Snapshot {
+        let environments = self.environments.values().map(|environment| environment.snapshot.borrow().clone());
+        Snapshot { started_at: self.started_at, taken_at: clock::now().into(), environments: environments.collect() }
+    }
+
+    /// Asks for a backup. It goes on when the receiver is dropped.
+    ///
+    /// # Errors
+    /// When there is no such environment, or it has too many requests waiting.
+    pub fn start_backup(&self, environment: &str) -> Result<watch::Receiver<BackupProgress>, Failure> {
+        let (progress, receiver) = watch::channel(BackupProgress::accepted());
+        self.send(environment, Request::Backup { progress: ProgressSender(progress) })?;
+        Ok(receiver)
+    }
+
+    fn send(&self, environment: &str, request: Request) -> Result<(), Failure> {
+        let Some(handle) = self.environments.get(environment) else {
+            let failure = Failure::new(Code::NotFound, format!("find environment {environment} in the daemon"));
+            return Err(match nearest(environment, self.environments.keys().map(String::as_str)) {
+                Some(meant) => failure.hint(format!("Did you mean {meant}?")),
+                None => failure.hint("A daemon reads its configuration when it starts; it may need a restart."),
+            });
+        };
+        handle.requests.try_send(request).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => {
+                Failure::new(Code::Conflict, format!("ask {environment}: {REQUESTS_MAX} requests wait already"))
+                    .retryable()
+            }
+            mpsc::error::TrySendError::Closed(_) => {
+                Failure::new(Code::Cancelled, format!("ask {environment}: the daemon is stopping")).retryable()
+            }
+        })
+    }
+}
