@@ -19,7 +19,7 @@ pub const WAL_OBJECT_BYTES_MAX: u64 = 64 << 20;
 pub struct Key(String);
 
 /// The first 16 bytes of a content digest, as names carry them.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ContentHash([u8; 16]);
 
 /// One life of a cluster: `<ordinal>-<system identifier>`.

@@ -11,6 +11,7 @@ pub mod identity;
 pub mod layout;
 pub mod location;
 pub mod pack;
+pub mod segment;
 pub mod store;
 
 pub use format::{Repository, RepositoryError};

@@ -1,0 +1,252 @@
+//! Where to go on: the server's history against what is stored. Pure.
+//!
+//! Of the timelines on the server's path the newest that has stored WAL is the one to go on with; when it is stored up to
+//! its switch point, the next one begins at the start of the segment that holds the switch point. A hole ends the stored
+//! prefix unless it is a recorded gap: stored bytes outweigh a gap, a gap outweighs nothing.
+//!
+//! Invariants: `start_lsn` begins a unit and `start_lsn ≤ first byte that is not stored`; `reported` is on the server's
+//! history and `reported ≤` stored end.
+
+use super::assembler::unit_bytes;
+use crate::pg::timeline::HistoryFile;
+use crate::pg::{Lsn, SegmentSize, TimelineId};
+use crate::repository::catalogue::{Gap, WalListing};
+use crate::repository::layout::WalRange;
+
+/// What the server says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ServerPosition {
+    pub timeline: TimelineId,
+    pub flush_lsn: Lsn,
+    /// The ancestors of `timeline`; empty on timeline 1.
+    pub history: HistoryFile,
+}
+
+/// One timeline of the server's path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PathStep {
+    pub timeline: TimelineId,
+    /// Where it was forked from its parent; zero for the first.
+    pub begin_lsn: Lsn,
+    /// Where the path leaves it; `None` for the server's current one.
+    pub switch_lsn: Option<Lsn>,
+}
+
+/// What to ask the server for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resume {
+    pub timeline: TimelineId,
+    /// The start of a segment (or of a 64 MiB range of a larger one).
+    pub start_lsn: Lsn,
+    /// What may be reported as flushed before anything new is stored.
+    pub reported_lsn: Lsn,
+    /// First byte of this timeline that is not stored.
+    pub stored_lsn: Lsn,
+    /// Where the unbroken stored stream begins that ends at `stored_lsn`.
+    pub contiguous_from: Lsn,
+    /// Ranges at or after `start_lsn`: what arrives must have the same content.
+    pub known: Vec<WalRange>,
+}
+
+/// Why archiving must not go on by itself.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Conflict {
+    #[error("the server is at {flush} on timeline {timeline}, behind the stored end {stored}: it was set back")]
+    ServerBehind { timeline: TimelineId, flush: Lsn, stored: Lsn },
+    #[error("the server is on timeline {server}, the repository already holds timeline {stored}")]
+    OlderTimeline { server: TimelineId, stored: TimelineId },
+    #[error("the server's timeline {server} does not descend from what is stored (timelines {stored})")]
+    NoCommonHistory { server: TimelineId, stored: String },
+    #[error("the server sends other content for {start}..{end} of timeline {timeline} than is stored")]
+    OtherContent { timeline: TimelineId, start: Lsn, end: Lsn },
+    #[error("the server has system identifier {server}, the repository belongs to {stored}")]
+    OtherSystem { server: crate::pg::SystemId, stored: crate::pg::SystemId },
+    #[error("the server's WAL segments have {server} bytes, the stored ones {stored}")]
+    OtherSegmentSize { server: u64, stored: u64 },
+    #[error("two primaries answer: {0}")]
+    TwoPrimaries(String),
+}
+
+/// The server's path, oldest timeline first.
+pub fn path(position: &ServerPosition) -> Vec<PathStep> {
+    let mut begin_lsn = Lsn::ZERO;
+    let mut steps = Vec::new();
+    for entry in &position.history.entries {
+        let switch_lsn = Some(entry.switch_lsn);
+        steps.push(PathStep { timeline: entry.timeline, begin_lsn, switch_lsn });
+        begin_lsn = entry.switch_lsn;
+    }
+    steps.push(PathStep { timeline: position.timeline, begin_lsn, switch_lsn: None });
+    steps
+}
+
+/// Decides where to go on; `None` when nothing is stored yet and the slot's position decides.
+///
+/// # Errors
+/// [`Conflict`] when going on would mix two pasts.
+pub fn plan(
+    position: &ServerPosition,
+    listing: &WalListing,
+    gaps: &[Gap],
+    size: SegmentSize,
+) -> Result<Option<Resume>, Conflict> {
+    let Some(newest) = listing.ranges.iter().map(|o| o.range.timeline).max() else { return Ok(None) };
+    let steps = path(position);
+    if position.timeline < newest {
+        return Err(Conflict::OlderTimeline { server: position.timeline, stored: newest });
+    }
+    let stored_on = |step: &PathStep| listing.ranges.iter().any(|o| o.range.timeline == step.timeline);
+    let Some(index) = steps.iter().rposition(stored_on) else {
+        let mut stored: Vec<String> = listing.ranges.iter().map(|o| o.range.timeline.to_string()).collect();
+        stored.dedup();
+        return Err(Conflict::NoCommonHistory { server: position.timeline, stored: stored.join(", ") });
+    };
+    let (Some(step), next) = (steps.get(index), steps.get(index + 1)) else { return Ok(None) };
+    let (contiguous_from, stored_lsn) = prefix(listing, gaps, step.timeline, size);
+    if let (Some(switch), Some(next)) = (step.switch_lsn, next)
+        && stored_lsn >= switch
+    {
+        return Ok(Some(begin_timeline(next, switch, contiguous_from, size)));
+    }
+    if step.switch_lsn.is_none() && position.flush_lsn < stored_lsn {
+        let (timeline, flush) = (step.timeline, position.flush_lsn);
+        return Err(Conflict::ServerBehind { timeline, flush, stored: stored_lsn });
+    }
+    let unit = unit_bytes(size);
+    let start_lsn = Lsn(stored_lsn.0 / unit * unit);
+    let at_or_after = |r: &&WalRange| r.timeline == step.timeline && r.end_lsn(size) > start_lsn;
+    let known = listing.ranges.iter().map(|o| &o.range).filter(at_or_after).cloned().collect();
+    // What is stored of the unit itself counts only when the server has sent the same bytes again.
+    let reported_lsn = start_lsn.max(step.begin_lsn.min(stored_lsn));
+    Ok(Some(Resume { timeline: step.timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known }))
+}
+
+/// The beginning of a timeline: from the start of the segment that holds its switch point.
+pub fn begin_timeline(step: &PathStep, switch: Lsn, contiguous_from: Lsn, size: SegmentSize) -> Resume {
+    let unit = unit_bytes(size);
+    let start_lsn = Lsn(switch.0 / unit * unit);
+    let timeline = step.timeline;
+    Resume { timeline, start_lsn, reported_lsn: switch, stored_lsn: start_lsn, contiguous_from, known: Vec::new() }
+}
+
+/// Start and end of the newest unbroken stored stream of a timeline that begins at its first byte or after a recorded gap.
+pub fn prefix(listing: &WalListing, gaps: &[Gap], timeline: TimelineId, size: SegmentSize) -> (Lsn, Lsn) {
+    let mut ranges = listing.ranges.iter().map(|o| &o.range).filter(|r| r.timeline == timeline);
+    let Some(first) = ranges.next() else { return (Lsn::ZERO, Lsn::ZERO) };
+    let (mut from, mut end) = (first.start_lsn(size), first.end_lsn(size));
+    for range in ranges {
+        let (start, stop) = (range.start_lsn(size), range.end_lsn(size));
+        if start > end {
+            let bridged = |g: &&Gap| g.timeline == timeline && g.start_lsn <= end && g.end_lsn >= start;
+            if !gaps.iter().any(|g| bridged(&g)) {
+                break;
+            }
+            from = start;
+        }
+        end = end.max(stop);
+    }
+    (from, end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pg::timeline::HistoryEntry;
+    use crate::pg::{SegmentNo, Timestamp};
+    use crate::repository::catalogue::WalObject;
+    use crate::repository::layout::ContentHash;
+
+    const SIZE: SegmentSize = SegmentSize::MIB_16;
+    const SEG: u64 = 16 << 20;
+
+    fn range(timeline: u32, segment: u64, from: u64, to: u64) -> WalRange {
+        let (timeline, segment) = (TimelineId(timeline), SegmentNo(segment));
+        WalRange { timeline, segment, from, to, hash: ContentHash::default(), whole: to - from == SEG }
+    }
+
+    fn listing(ranges: &[WalRange]) -> WalListing {
+        let object = |range: &WalRange| WalObject {
+            range: range.clone(),
+            key: crate::repository::Key::for_tests("x"),
+            bytes: 1,
+            last_modified: Default::default(),
+        };
+        WalListing { ranges: ranges.iter().map(object).collect(), histories: Vec::new() }
+    }
+
+    fn server(timeline: u32, flush: u64, history: &[(u32, u64)]) -> ServerPosition {
+        let entry = |(timeline, lsn): &(u32, u64)| HistoryEntry {
+            timeline: TimelineId(*timeline),
+            switch_lsn: Lsn(*lsn),
+            reason: String::new(),
+        };
+        let history = HistoryFile { entries: history.iter().map(entry).collect() };
+        ServerPosition { timeline: TimelineId(timeline), flush_lsn: Lsn(flush), history }
+    }
+
+    fn go_on(position: &ServerPosition, ranges: &[WalRange]) -> Resume {
+        plan(position, &listing(ranges), &[], SIZE).expect("no conflict").expect("something is stored")
+    }
+
+    #[test]
+    fn an_empty_repository_leaves_it_to_the_slot() {
+        assert_eq!(plan(&server(1, 5 * SEG, &[]), &listing(&[]), &[], SIZE), Ok(None));
+    }
+
+    #[test]
+    fn within_a_segment_the_whole_of_it_is_asked_for_again() {
+        let resume =
+            go_on(&server(1, 3 * SEG, &[]), &[range(1, 1, 0, SEG), range(1, 2, 0, 100), range(1, 2, 100, 300)]);
+        assert_eq!((resume.start_lsn, resume.stored_lsn), (Lsn(2 * SEG), Lsn(2 * SEG + 300)));
+        assert_eq!((resume.reported_lsn, resume.known.len()), (Lsn(2 * SEG), 2));
+        assert_eq!(resume.contiguous_from, Lsn(SEG));
+    }
+
+    #[test]
+    fn the_first_hole_ends_the_prefix_unless_it_is_a_recorded_gap() {
+        let ranges = [range(1, 1, 0, SEG), range(1, 3, 0, SEG)];
+        let resume = go_on(&server(1, 9 * SEG, &[]), &ranges);
+        assert_eq!((resume.start_lsn, resume.known.len()), (Lsn(2 * SEG), 1));
+        let gap = Gap {
+            timeline: TimelineId(1),
+            start_lsn: Lsn(2 * SEG),
+            end_lsn: Lsn(3 * SEG),
+            found_at: Timestamp(0),
+            cause: String::new(),
+        };
+        let resume = plan(&server(1, 9 * SEG, &[]), &listing(&ranges), &[gap], SIZE).expect("fine").expect("stored");
+        assert_eq!((resume.contiguous_from, resume.stored_lsn), (Lsn(3 * SEG), Lsn(4 * SEG)));
+    }
+
+    #[test]
+    fn a_promoted_standby_behind_the_archive_is_first_told_the_fork() {
+        let fork = 2 * SEG + 500;
+        let resume = go_on(&server(2, fork + 10, &[(1, fork)]), &[range(1, 1, 0, SEG), range(1, 2, 0, 9000)]);
+        assert_eq!((resume.timeline, resume.start_lsn), (TimelineId(2), Lsn(2 * SEG)));
+        assert_eq!(resume.reported_lsn, Lsn(fork));
+    }
+
+    #[test]
+    fn what_lacks_of_the_old_timeline_is_asked_for_first() {
+        let fork = 4 * SEG + 500;
+        let resume =
+            go_on(&server(3, fork + 10, &[(1, SEG + 7), (2, fork)]), &[range(2, 1, 0, SEG), range(2, 2, 0, 50)]);
+        assert_eq!((resume.timeline, resume.start_lsn), (TimelineId(2), Lsn(2 * SEG)));
+    }
+
+    #[test]
+    fn a_sibling_left_by_a_restore_does_not_hinder_a_later_timeline() {
+        let fork = SEG + 700;
+        let resume = go_on(&server(3, 2 * SEG, &[(1, fork)]), &[range(1, 1, 0, SEG), range(2, 1, 0, 900)]);
+        assert_eq!((resume.timeline, resume.reported_lsn), (TimelineId(3), Lsn(fork)));
+    }
+
+    #[test]
+    fn two_pasts_are_never_mixed() {
+        let stored = listing(&[range(2, 1, 0, SEG)]);
+        let conflict = |position| plan(&position, &stored, &[], SIZE).expect_err("conflict");
+        assert!(matches!(conflict(server(1, 9 * SEG, &[])), Conflict::OlderTimeline { .. }));
+        assert!(matches!(conflict(server(3, 9 * SEG, &[(1, SEG)])), Conflict::NoCommonHistory { .. }));
+        assert!(matches!(conflict(server(2, SEG + 5, &[(1, SEG)])), Conflict::ServerBehind { .. }));
+    }
+}
