@@ -69,8 +69,11 @@ pub struct S3 {
     pub session_token: Option<SecretRef>,
     pub allow_http: bool,
     pub ca_file: Option<PathBuf>,
-    pub connect_timeout: Duration,
+    /// Send a SHA-256 with each PUT for the store to check.
+    pub checksum: bool,
+    /// Of one attempt, without the time for its bytes.
     pub request_timeout: Duration,
+    pub attempts_max: u32,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -84,7 +87,7 @@ pub struct Archive {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restore {
-    /// Where to look for PostgreSQL's programs; `{major}` stands for the major version.
+    /// Where to look for PostgreSQL's programs before the usual places.
     pub postgres_bin_dirs: Vec<PathBuf>,
     /// WAL beyond this is not preloaded into `pg_wal` but served file by file.
     pub wal_in_pg_wal_bytes_max: u64,
@@ -98,8 +101,7 @@ impl Default for Archive {
 
 impl Default for Restore {
     fn default() -> Self {
-        let usual = ["/usr/lib/postgresql/{major}/bin", "/usr/pgsql-{major}/bin", "/usr/local/pgsql-{major}/bin"];
-        Restore { postgres_bin_dirs: usual.map(PathBuf::from).to_vec(), wal_in_pg_wal_bytes_max: 4 * GIB }
+        Restore { postgres_bin_dirs: Vec::new(), wal_in_pg_wal_bytes_max: 4 * GIB }
     }
 }
 
@@ -114,8 +116,9 @@ impl Default for S3 {
             session_token: None,
             allow_http: false,
             ca_file: None,
-            connect_timeout: Duration::from_secs(5),
-            request_timeout: Duration::from_secs(30),
+            checksum: false,
+            request_timeout: Duration::from_secs(10),
+            attempts_max: 5,
         }
     }
 }
@@ -230,8 +233,9 @@ fn read_s3(section: Section<'_>) -> S3 {
         session_token: secret(&section, ["session_token_file", "session_token_env"]),
         allow_http,
         ca_file: section.parsed("ca_file", absolute_path),
-        connect_timeout: section.duration("connect_timeout", default.connect_timeout, seconds(1..=60)),
+        checksum: section.boolean("checksum").unwrap_or(default.checksum),
         request_timeout: section.duration("request_timeout", default.request_timeout, seconds(1..=600)),
+        attempts_max: section.integer("attempts_max", default.attempts_max, 1..=20),
     };
     if settings.access_key_id.is_some() != settings.secret_access_key.is_some() {
         section.report("an access key needs both its id and its secret: access_key_id_… and secret_access_key_…");

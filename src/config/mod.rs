@@ -7,6 +7,7 @@
 //! Services take small `Settings` of their own; this module builds them, and they never see `config`.
 //! `config.example.toml` at the root of the tree holds every key; a test keeps it equal to the defaults here.
 
+mod build;
 mod document;
 mod environment;
 mod secret_ref;

@@ -5,6 +5,7 @@ pub mod catalogue;
 pub mod codec;
 pub mod coverage;
 pub mod crypto;
+mod failure;
 pub mod format;
 pub mod generation;
 pub mod identity;
