@@ -13,6 +13,7 @@ pub mod segment;
 pub mod tablespace_map;
 pub mod time;
 pub mod timeline;
+pub mod xid;
 
 pub use backup_label::BackupLabel;
 pub use control_file::ControlFile;
@@ -23,3 +24,4 @@ pub use segment::{SegmentName, SegmentNo, SegmentSize};
 pub use tablespace_map::TablespaceMap;
 pub use time::Timestamp;
 pub use timeline::TimelineId;
+pub use xid::{FullXid, Xid};
