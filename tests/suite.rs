@@ -15,3 +15,4 @@ mod common;
 
 mod cli;
 mod harness;
+mod replication;
