@@ -36,7 +36,9 @@ impl Postmaster {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e),
         };
-        let Some(found) = Postmaster::parse(&text) else { return Ok(None) };
+        let Some(mut found) = Postmaster::parse(&text) else { return Ok(None) };
+        // The server works in its data directory: a relative path is one from there.
+        found.socket_directory = found.socket_directory.map(|directory| data_directory.join(directory));
         let runs = runs_in(found.pid, data_directory);
         Ok(runs.then_some(found))
     }
@@ -71,6 +73,18 @@ pub(super) fn runs_in(pid: i32, data_directory: &Path) -> bool {
         (Ok(place), Ok(data_directory)) => place == data_directory,
         _ => false,
     }
+}
+
+/// The rest of the title of the first child whose title goes on with `kind` after `postgres: ` and the cluster's name.
+pub(super) fn child_title(pid: i32, kind: &str) -> Option<String> {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    children.split_whitespace().find_map(|child| {
+        let title = std::fs::read(format!("/proc/{child}/cmdline")).ok()?;
+        let title = String::from_utf8_lossy(&title);
+        let rest = title.strip_prefix("postgres: ")?;
+        let (_, activity) = rest.split_once(kind)?;
+        Some(activity.trim_matches(['\0', ' ']).to_owned())
+    })
 }
 
 #[cfg(test)]

@@ -132,6 +132,12 @@ impl Server {
         &self.failures
     }
 
+    /// What the process that replays says it is at, such as `recovering 000000010000000000000007`; it changes as long as
+    /// there is progress, also while no session is possible.
+    pub fn startup_activity(&self) -> Option<String> {
+        postmaster::child_title(self.pid, "startup ")
+    }
+
     /// Stops the server: a fast shutdown, and after `fast_limit` an immediate one (the next start then replays WAL).
     pub async fn stop(&mut self, fast_limit: Duration) -> anyhow::Result<()> {
         for (signal, limit) in [(Signal::INT, fast_limit), (Signal::QUIT, IMMEDIATE_LIMIT)] {
