@@ -75,3 +75,29 @@ fn wrong_arguments_end_with_2() {
     assert_eq!(version.status.code(), Some(0));
     assert_eq!(text(&version.stdout), format!("pgrecall {}\n", env!("CARGO_PKG_VERSION")));
 }
+
+#[test]
+fn status_without_daemon_and_without_anything_stored_is_no_error() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let place = dir.path().display();
+    let environments = format!(
+        "[environment.shop]\nrepository = \"file://{place}\"\n[environment.lost]\nrepository = \"file://{place}/gone\"\n"
+    );
+    let config = write(dir.path(), &format!("control_socket = \"{place}/socket\"\n{environments}"));
+    let run = pgrecall(&["--config", &config, "status", "shop"]);
+    assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
+    let stdout = text(&run.stdout);
+    assert!(stdout.contains("daemon: not running") && stdout.contains("nothing is stored yet"), "{stdout}");
+    assert_eq!(pgrecall(&["--config", &config, "backups", "shop"]).status.code(), Some(10));
+
+    // One environment that cannot be read hides no other, and is the exit status.
+    let run = pgrecall(&["--config", &config, "status", "--json"]);
+    assert_eq!(run.status.code(), Some(5));
+    let report: serde_json::Value = serde_json::from_slice(&run.stdout).expect("JSON");
+    assert_eq!(report["environments"].as_array().map(Vec::len), Some(2));
+    assert_eq!(report["daemon"]["running"], false);
+
+    let run = pgrecall(&["--config", &config, "status", "shp"]);
+    assert_eq!(run.status.code(), Some(10));
+    assert!(text(&run.stderr).ends_with("hint: Did you mean shop?\n"), "{}", text(&run.stderr));
+}

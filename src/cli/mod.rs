@@ -3,15 +3,21 @@
 //! Results go to standard output, as text or with `--json` as one JSON document; errors and progress go to standard
 //! error. The exit status is that of [`crate::error::Code`] (`docs/exit-codes.md`).
 
+mod backups;
 mod config_check;
 mod output;
+mod status;
+mod store_state;
+mod times;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
-use crate::config;
+use crate::config::{self, Config};
+use crate::error::{Code, Failure};
 use crate::telemetry;
 use output::Output;
 
@@ -31,6 +37,10 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Say to which moment each environment can be restored now, and what stands in the way
+    Status(status::Arguments),
+    /// List the backups of an environment
+    Backups(backups::Arguments),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigVerb),
@@ -48,20 +58,63 @@ struct Context {
     output: Output,
 }
 
+impl Context {
+    fn load_config(&self) -> Result<Config, Failure> {
+        Ok(Config::load(&self.config_path)?)
+    }
+}
+
 /// Runs a command line; the status is that of the process.
 pub fn run(arguments: Arguments) -> ExitCode {
     let context =
         Context { config_path: config::locate(arguments.config.as_deref()), output: Output::new(arguments.json) };
-    // A command run by hand speaks through its output; its log is for what nobody asked for.
-    telemetry::start(&telemetry::Settings { level: "warn".to_owned(), ..telemetry::Settings::default() });
-    let result = match arguments.verb {
-        Verb::Config(ConfigVerb::Check) => config_check::run(&context),
-    };
-    match result {
+    match run_verb(&context, arguments.verb) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             context.output.failure(&failure);
             ExitCode::from(failure.code.exit_status())
         }
+    }
+}
+
+fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
+    // A command run by hand speaks through its output; its log is for what nobody asked for.
+    telemetry::start(&telemetry::Settings { level: "warn".to_owned(), ..telemetry::Settings::default() });
+    match verb {
+        Verb::Config(ConfigVerb::Check) => config_check::run(context),
+        Verb::Status(arguments) => block_on(until_interrupted(status::run(context, arguments))),
+        Verb::Backups(arguments) => block_on(until_interrupted(backups::run(context, arguments))),
+    }
+}
+
+fn block_on(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Failure::new(Code::Host, format!("start threads: {error}")))?;
+    let result = runtime.block_on(work);
+    // Work on the blocking pool that nobody waits for any more does not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    result
+}
+
+/// For verbs that only read: SIGINT and SIGTERM end them where they are.
+async fn until_interrupted(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    tokio::select! {
+        biased;
+        () = interrupted() => Err(Failure::new(Code::Cancelled, "finish: interrupted")),
+        result = work => result,
+    }
+}
+
+/// Waits for SIGINT or SIGTERM.
+async fn interrupted() {
+    use tokio::signal::unix::{SignalKind, signal};
+    // Without a handler the signal ends the process by itself.
+    let (Ok(mut interrupt), Ok(mut terminate)) = (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
     }
 }
