@@ -16,3 +16,4 @@ mod common;
 mod cli;
 mod harness;
 mod replication;
+mod wal_oracle;
