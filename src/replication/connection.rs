@@ -130,7 +130,7 @@ impl Connection {
         loop {
             let frame = self.io.reader.next().await?;
             match frame.tag {
-                b'T' => current = Some(Rows { columns: column_names(frame.body)?, rows: Vec::new() }),
+                b'T' => current = Some(Rows::with_columns(frame.body)?),
                 b'D' => {
                     let rows =
                         current.as_mut().ok_or_else(|| ReplicationError::protocol("a row before its columns"))?;
@@ -299,18 +299,6 @@ async fn start_tls(
     Ok((Socket::Tls(Box::new(stream)), end_point))
 }
 
-fn column_names(body: Bytes) -> Result<Vec<String>, ReplicationError> {
-    let mut cursor = Cursor::new(body);
-    let count = cursor.u16()?;
-    let mut names = Vec::new();
-    for _ in 0..count {
-        names.push(cursor.cstr()?);
-        // Table, column number, type, its length and modifier, format.
-        cursor.bytes(18)?;
-    }
-    Ok(names)
-}
-
 impl Parameters {
     /// Takes a ParameterStatus.
     pub(super) fn update(&mut self, body: Bytes) -> Result<(), ReplicationError> {
@@ -334,6 +322,18 @@ impl Parameters {
 }
 
 impl Rows {
+    /// From a RowDescription.
+    pub(super) fn with_columns(body: Bytes) -> Result<Rows, ReplicationError> {
+        let mut cursor = Cursor::new(body);
+        let mut rows = Rows::default();
+        for _ in 0..cursor.u16()? {
+            rows.columns.push(cursor.cstr()?);
+            // Table, column number, type, its length and modifier, format.
+            cursor.bytes(18)?;
+        }
+        Ok(rows)
+    }
+
     /// The value of a column of a row; `None` when it is NULL or not there.
     pub fn text(&self, row: usize, column: &str) -> Option<String> {
         let index = self.columns.iter().position(|name| name == column)?;

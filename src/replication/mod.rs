@@ -13,6 +13,7 @@
 #![warn(clippy::indexing_slicing, clippy::cast_possible_truncation)]
 
 mod auth;
+pub mod base_backup;
 mod connection;
 pub mod conninfo;
 mod error;
@@ -20,11 +21,15 @@ mod passfile;
 pub mod session;
 pub mod sql;
 pub mod stream;
+pub mod tar;
 mod tls;
 mod uri;
 pub mod wire;
 mod x509;
 
+pub use base_backup::{
+    BackupEnd, BackupEntry, BackupEvent, BackupStart, BaseBackup, BaseBackupOptions, ManifestChecksums, Tablespace,
+};
 pub use connection::Rows;
 pub use conninfo::{ConnectConfig, ConninfoError, Host};
 pub use error::{ChecksumFailure, ReplicationError, ServerMessage};
