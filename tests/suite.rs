@@ -13,6 +13,7 @@
 
 mod common;
 
+mod authentication;
 mod base_backup;
 mod cli;
 mod harness;

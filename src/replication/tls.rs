@@ -149,7 +149,11 @@ impl Trust {
         }
         let Some(name) = &self.name else { return Ok(()) };
         let names = x509::Names::decode(leaf).ok_or(CertificateError::BadEncoding)?;
-        if names.cover(name) { Ok(()) } else { Err(CertificateError::NotValidForName.into()) }
+        if names.cover(name) {
+            return Ok(());
+        }
+        let presented = names.into_texts();
+        Err(CertificateError::NotValidForNameContext { expected: server_name(name), presented }.into())
     }
 }
 

@@ -66,6 +66,16 @@ impl Names {
         Some(())
     }
 
+    /// For a message: the names that count.
+    pub(super) fn into_texts(self) -> Vec<String> {
+        let mut texts = self.dns;
+        texts.extend(self.ip.iter().map(IpAddr::to_string));
+        if texts.is_empty() {
+            texts.extend(self.common);
+        }
+        texts
+    }
+
     /// Whether the certificate is for `host`. The common name counts only when there is no alternative name.
     pub(super) fn cover(&self, host: &str) -> bool {
         let address = host.parse::<IpAddr>().ok();
