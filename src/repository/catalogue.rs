@@ -143,7 +143,12 @@ pub async fn load_backup(
 ) -> Result<BackupCommit, RepositoryError> {
     let key = Key::backup(incarnation, id, &BackupMark::Commit);
     let content = repository.read(&key, Kind::Backup, COMMIT_BYTES_MAX).await?;
-    parse_json(&key, &content)
+    let commit: BackupCommit = parse_json(&key, &content)?;
+    if commit.id != *id || commit.system_id != incarnation.system_id {
+        let reason = format!("it is the commit object of {} of system {}", commit.id, commit.system_id);
+        return Err(RepositoryError::Malformed { key: key.as_str().to_owned(), reason });
+    }
+    Ok(commit)
 }
 
 /// Stores the intent to take a backup: the first thing that a backup writes.

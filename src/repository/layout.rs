@@ -160,6 +160,12 @@ impl Key {
         Key(format!("probe/{random:016x}"))
     }
 
+    /// A key that was written down, such as in a plan; `None` unless it is one of this incarnation's.
+    pub fn of_incarnation(incarnation: Incarnation, text: &str) -> Option<Key> {
+        let inside = text.strip_prefix(&incarnation.to_string())?.starts_with('/');
+        (inside && !text.split('/').any(|part| matches!(part, "" | "." | ".."))).then(|| Key(text.to_owned()))
+    }
+
     /// A key as a listing gave it: relative to the environment's root.
     pub(super) fn listed(name: String) -> Key {
         Key(name)

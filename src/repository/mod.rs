@@ -14,6 +14,8 @@ pub mod location;
 pub mod pack;
 pub mod segment;
 pub mod store;
+pub mod tables;
+pub mod wal_object;
 
 pub use format::{Repository, RepositoryError};
 pub use layout::{BackupId, Generation, Incarnation, Key};

@@ -30,6 +30,12 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     sync_directory(parent(to))
 }
 
+/// Renames one of many files; durable only after [`sync_file_system`].
+#[allow(clippy::disallowed_methods, reason = "the caller syncs the whole file system once, when all files are there")]
+pub fn rename_unsynced(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to)
+}
+
 /// Makes the entries of a directory durable.
 pub fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()

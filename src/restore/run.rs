@@ -1,0 +1,136 @@
+//! Executes a plan into a directory, up to the point where PostgreSQL can be started on it.
+//!
+//! Order: check everything → marker → files and WAL → tablespaces → sync → `global/pg_control` gets its name → marker says
+//! `replaying` or `handed-over`. A kill at any point leaves a directory on which no server starts, and which the same
+//! command may begin anew.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::fetch::{Fetch, Progress};
+use super::plan::{Plan, PlanError};
+use super::spool;
+use super::target::{Phase, TablespacePlaces, TargetDirectory, TargetError};
+use super::wal::{self, SegmentFetcher};
+use super::write;
+use crate::error::{Code, Failure};
+use crate::repository::{Repository, RepositoryError, catalogue};
+
+/// How a plan is executed.
+#[derive(Debug, Clone, Default)]
+pub struct RestoreOptions {
+    pub tablespaces: TablespacePlaces,
+    /// Nobody will start PostgreSQL now: the directory belongs to the caller afterwards and is never wiped again.
+    pub no_start: bool,
+}
+
+/// Why a restore did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error("restore {}: {source}", path.display())]
+    File { path: PathBuf, source: RepositoryError },
+    #[error("the extent table of {} leads outside its frame", .0.display())]
+    Extent(PathBuf),
+    #[error("the plan names {0:?}, which is no object of its incarnation")]
+    Planned(String),
+    #[error("backup {backup} does not exist any more")]
+    BackupGone { backup: String },
+}
+
+impl RestoreError {
+    pub(super) fn of_file(path: PathBuf, source: RepositoryError) -> Self {
+        RestoreError::File { path, source }
+    }
+}
+
+impl From<RestoreError> for Failure {
+    fn from(error: RestoreError) -> Failure {
+        let message = error.to_string();
+        match &error {
+            RestoreError::Target(e) => {
+                let failure = Failure::new(Code::Host, message);
+                e.hint().map_or(failure.clone(), |hint| failure.hint(hint))
+            }
+            RestoreError::Repository(e) | RestoreError::File { source: e, .. } => repository_failure(e, message),
+            RestoreError::Plan(_) => Failure::new(Code::UnreachableTarget, message),
+            RestoreError::Extent(_) => Failure::new(Code::Corrupt, message),
+            RestoreError::Planned(_) => Failure::new(Code::Usage, message).hint("Make the plan anew."),
+            RestoreError::BackupGone { .. } => Failure::new(Code::NotFound, message).hint("Make the plan anew."),
+        }
+    }
+}
+
+fn repository_failure(error: &RepositoryError, message: String) -> Failure {
+    if error.is_corrupt() || error.is_not_found() {
+        let hint = "Run `pgrecall verify` on the environment, and restore from another backup or to another point.";
+        return Failure::new(Code::Corrupt, message).hint(hint);
+    }
+    let failure = Failure::new(Code::Store, message);
+    let failure = if error.is_retryable() { failure.retryable() } else { failure };
+    match error {
+        RepositoryError::Store(e) => e.hint().map_or(failure.clone(), |hint| failure.clone().hint(hint)),
+        _ => failure,
+    }
+}
+
+/// A directory on which PostgreSQL can be started.
+#[derive(Debug, Clone)]
+pub struct Restored {
+    pub target: TargetDirectory,
+    pub plan: Plan,
+}
+
+/// Checks what can be checked without fetching: directories, disk space, tablespaces.
+pub fn check(plan: &Plan, directory: &Path, options: &RestoreOptions) -> Result<TargetDirectory, RestoreError> {
+    Ok(TargetDirectory::check(directory, plan, &options.tablespaces)?)
+}
+
+/// Executes `plan` into `directory`.
+///
+/// Cancel safety: dropping this future leaves an unfinished, marked directory; the same call begins it anew.
+pub async fn run(
+    repository: &Repository,
+    plan: Plan,
+    directory: &Path,
+    options: &RestoreOptions,
+    progress: Arc<Progress>,
+) -> Result<Restored, RestoreError> {
+    let target = check(&plan, directory, options)?;
+    let incarnation = plan.incarnation().map_err(|e| RestoreError::Planned(e.0))?;
+    let commit = match catalogue::load_backup(repository, incarnation, &plan.backup.id).await {
+        Err(e) if e.is_not_found() => return Err(RestoreError::BackupGone { backup: plan.backup.id.to_string() }),
+        loaded => loaded?,
+    };
+    target.prepare(&plan)?;
+    let fetch =
+        Fetch { repository: repository.clone(), incarnation, target: target.clone(), progress: progress.clone() };
+    fetch.run(commit.tables).await?;
+    let fetcher = SegmentFetcher::new(repository, incarnation, plan.segment_size);
+    let done = || progress.segments.fetch_add(1, Ordering::Relaxed);
+    wal::preload(&fetcher, &plan, &target.pg_wal(), || _ = done()).await?;
+    let (finished, no_start) = (target.clone(), options.no_start);
+    let plan = blocking(move || {
+        finished.rewrite_tablespace_map()?;
+        spool::write_state(&finished.folder(), &plan)?;
+        finished.sync()?;
+        write::name_control_file(&finished)?;
+        finished.write_state(&plan, if no_start { Phase::HandedOver } else { Phase::Replaying })?;
+        Ok(plan)
+    })
+    .await?;
+    Ok(Restored { target, plan })
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, TargetError> + Send + 'static,
+) -> Result<T, RestoreError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    Ok(done.map_err(|_| RepositoryError::Stopping)??)
+}
