@@ -13,6 +13,7 @@
 
 mod common;
 
+mod archive;
 mod authentication;
 mod base_backup;
 mod cli;

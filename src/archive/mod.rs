@@ -1,8 +1,21 @@
 //! WAL in, parts and segments out.
+//!
+//! `environment` chooses the server and where to go on (`resume` decides), `stream` runs one connection: `assembler` puts
+//! the bytes together, `pacing` says when a part is due, `uploader` stores, `progress` says what may be reported,
+//! `observer` asks the server beside the stream. `tidy` turns parts into segments and removes what is no longer needed.
 
 pub mod assembler;
+pub mod environment;
+pub mod observer;
 pub mod pacing;
+pub mod progress;
 pub mod resume;
+pub mod settings;
 pub mod status;
+mod stream;
 pub mod tidy;
 pub mod uploader;
+
+pub use environment::Archiver;
+pub use settings::Settings;
+pub use status::{ArchiveStatus, State, StoredStream};

@@ -145,7 +145,12 @@ pub fn prefix(listing: &WalListing, gaps: &[Gap], timeline: TimelineId, size: Se
         }
         end = end.max(stop);
     }
-    (from, end)
+    // A gap behind the last stored byte: what follows it is still to come.
+    let beyond = |g: &&Gap| g.timeline == timeline && g.start_lsn <= end && g.end_lsn > end;
+    match gaps.iter().filter(beyond).map(|g| g.end_lsn).max() {
+        Some(gap_end) => (gap_end, gap_end),
+        None => (from, end),
+    }
 }
 
 #[cfg(test)]

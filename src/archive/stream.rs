@@ -1,0 +1,351 @@
+//! One connection that streams one timeline: bytes in, ranges put, positions reported.
+//!
+//! Everything happens in one task: reading never waits for the store, and a status goes out from a timer also while
+//! nothing is read. When the bytes that are not stored reach `buffer_bytes_max` we stop reading, and PostgreSQL keeps the
+//! WAL. What arrives is compared with what is stored of the same range; other content is a [`Conflict`].
+//!
+//! Invariants: `reported ≤ stored contiguous end`; `received - stored ≤ buffer_bytes_max` + one message.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::assembler::{Assembler, Unit};
+use super::observer::{Observation, Observer};
+use super::pacing::Pacing;
+use super::progress::Progress;
+use super::resume::{Conflict, Resume};
+use super::settings::Settings;
+use super::status::{ArchiveStatus, State, StoredStream};
+use super::uploader::{StoreTrouble, Stored, Uploader};
+use crate::pg::{Lsn, TimelineId};
+use crate::replication::{ReplicationError, StatusSender, StatusUpdate, WalEvent, WalReader};
+use crate::repository::coverage::{self, Claim};
+use crate::repository::layout::{ContentHash, WalRange};
+
+/// How often a status is sent at least; PostgreSQL's `wal_sender_timeout` is 60 s by default.
+const STATUS_INTERVAL: Duration = Duration::from_secs(2);
+/// How long the rest of a lost stream may take to be stored before the next connection is tried.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Why a stream ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// The server left this timeline; everything up to the switch point is stored.
+    Timeline {
+        next: TimelineId,
+        switch_lsn: Lsn,
+    },
+    Lost(ReplicationError),
+    /// The server wants to stop while the store takes nothing: the slot keeps the WAL.
+    ServerStopping,
+    Conflict(Conflict),
+    /// The configured grace is over or everything is stored.
+    Cancelled,
+}
+
+/// What a stream needs besides its connection.
+pub struct StreamContext<'a> {
+    pub settings: &'a Settings,
+    pub status: &'a watch::Sender<ArchiveStatus>,
+    pub observer: &'a mut Observer,
+    pub units: &'a mpsc::Sender<(TimelineId, Unit)>,
+    pub trouble: watch::Receiver<StoreTrouble>,
+}
+
+/// A running stream.
+pub struct Stream<'a> {
+    context: StreamContext<'a>,
+    sender: StatusSender,
+    assembler: Assembler,
+    progress: Progress,
+    pacing: Pacing,
+    uploader: Uploader,
+    contiguous_from: Lsn,
+    /// Stored ranges that the stream has not reached yet.
+    known: VecDeque<WalRange>,
+    /// Complete units that wait for a free PUT.
+    waiting: VecDeque<Unit>,
+    /// Everything before this was handed to a PUT or is stored.
+    taken_up: Lsn,
+    last_reported: Lsn,
+    last_status: Instant,
+    claims: Vec<Claim>,
+    switch: Option<(TimelineId, Lsn)>,
+}
+
+impl<'a> Stream<'a> {
+    pub fn new(context: StreamContext<'a>, resume: Resume, sender: StatusSender, uploader: Uploader) -> Self {
+        let size = uploader.destination().segment_size;
+        let mut known: VecDeque<WalRange> = resume.known.into();
+        known.make_contiguous().sort_by_key(|r| (r.end_lsn(size), r.start_lsn(size)));
+        Stream {
+            pacing: Pacing::new(context.settings.rpo),
+            context,
+            sender,
+            assembler: Assembler::new(size, resume.start_lsn),
+            progress: Progress::new(resume.timeline, resume.reported_lsn),
+            uploader,
+            contiguous_from: resume.contiguous_from,
+            known,
+            waiting: VecDeque::new(),
+            taken_up: resume.start_lsn,
+            last_reported: Lsn::ZERO,
+            last_status: Instant::now(),
+            claims: Vec::new(),
+            switch: None,
+        }
+    }
+
+    /// Runs until the stream ends for one of the reasons of [`Ended`].
+    ///
+    /// Cancel safety: dropping this future loses nothing that was reported; what is in flight is streamed again.
+    pub async fn run(mut self, mut reader: WalReader, cancel: &CancellationToken) -> (Ended, Option<WalReader>) {
+        let ended = match self.report(true).await {
+            Ok(()) => self.turn(&mut reader, cancel).await,
+            Err(error) => Ended::Lost(error),
+        };
+        let ended = self.wind_up(ended, cancel).await;
+        self.publish();
+        self.uploader.stop().await;
+        (ended, Some(reader))
+    }
+
+    async fn turn(&mut self, reader: &mut WalReader, cancel: &CancellationToken) -> Ended {
+        let mut timer = tokio::time::interval(STATUS_INTERVAL);
+        timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            self.start_uploads(false);
+            if let Some((next, switch_lsn)) = self.switch.filter(|(_, lsn)| self.progress.reported() >= *lsn) {
+                return Ended::Timeline { next, switch_lsn };
+            }
+            let due = self.pacing.due().filter(|_| self.uploader.has_room());
+            let wake = tokio::time::Instant::from_std(due.unwrap_or_else(|| Instant::now() + STATUS_INTERVAL));
+            let reading = self.held_bytes() < self.context.settings.buffer_bytes_max && self.switch.is_none();
+            let step = tokio::select! {
+                biased;
+                () = cancel.cancelled() => return Ended::Cancelled,
+                Some(stored) = self.uploader.next() => self.stored(stored).await,
+                observation = self.context.observer.next() => self.observed(observation).await,
+                () = tokio::time::sleep_until(wake), if due.is_some() => Ok(()),
+                _ = timer.tick() => self.report(true).await.map_err(Ended::Lost),
+                event = reader.next(), if reading => match event {
+                    Ok(event) => self.event(event).await,
+                    Err(error) => return Ended::Lost(error),
+                },
+            };
+            match step {
+                Ok(()) => {}
+                Err(ended) => return ended,
+            }
+        }
+    }
+
+    async fn event(&mut self, event: WalEvent) -> Result<(), Ended> {
+        match event {
+            WalEvent::Data { start_lsn, server_time, bytes, .. } => {
+                let out_of_order = |e: super::assembler::OutOfOrder| ReplicationError::Protocol(e.to_string());
+                let units = self.assembler.push(start_lsn, &bytes).map_err(|e| Ended::Lost(out_of_order(e)))?;
+                self.context.observer.server_time(server_time);
+                self.compare_known(&units).map_err(Ended::Conflict)?;
+                self.waiting.extend(units);
+                if self.assembler.received() > self.taken_up {
+                    self.pacing.arrived(Instant::now());
+                }
+                Ok(())
+            }
+            WalEvent::Keepalive { server_time, reply_requested, .. } => {
+                self.context.observer.server_time(server_time);
+                if reply_requested {
+                    self.pacing.hurry(Instant::now());
+                    self.report(true).await?;
+                }
+                Ok(())
+            }
+            WalEvent::EndOfTimeline { next_timeline, switch_lsn } => {
+                self.switch = Some((next_timeline, switch_lsn));
+                self.pacing.hurry(Instant::now());
+                Ok(())
+            }
+        }
+    }
+
+    /// Compares what is stored already with what has arrived now; equal bytes count as stored.
+    fn compare_known(&mut self, complete: &[Unit]) -> Result<(), Conflict> {
+        let size = self.uploader.destination().segment_size;
+        let codec = self.uploader.destination().repository.codec().clone();
+        while let Some(range) = self.known.front() {
+            let (start, end) = (range.start_lsn(size), range.end_lsn(size));
+            if end > self.assembler.received() {
+                break;
+            }
+            let held =
+                complete.iter().find_map(|unit| slice(unit, start, end)).or_else(|| self.assembler.copy(start, end));
+            if let Some(bytes) = held {
+                if ContentHash::of(&codec.digest(&bytes)) != range.hash {
+                    return Err(Conflict::OtherContent { timeline: range.timeline, start, end });
+                }
+                self.progress.mark_stored(start, end);
+                self.taken_up = self.taken_up.max(self.progress.reported());
+            }
+            self.known.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Starts the PUTs that are due: complete units first, then the rest of the unit being filled.
+    fn start_uploads(&mut self, everything: bool) {
+        let timeline = self.progress.timeline();
+        while self.uploader.has_room() {
+            let Some(unit) = self.waiting.pop_front() else { break };
+            let end = unit.start_lsn.saturating_add(unit.bytes.len() as u64);
+            let _ = self.context.units.try_send((timeline, unit.clone()));
+            if self.progress.reported() < end {
+                self.uploader.start(timeline, unit.start_lsn, unit.bytes, true);
+            }
+            self.taken_up = self.taken_up.max(end);
+        }
+        let received = self.assembler.received();
+        let due = everything || self.pacing.due().is_some_and(|due| due <= Instant::now());
+        if self.waiting.is_empty() && due && received > self.taken_up && self.uploader.has_room() {
+            let from = self.taken_up.max(self.assembler.unit_start());
+            if let Some(bytes) = self.assembler.copy(from, received) {
+                self.uploader.start(timeline, from, bytes, false);
+                self.taken_up = received;
+            }
+        }
+        if self.waiting.is_empty() && received <= self.taken_up {
+            self.pacing.taken_up();
+        }
+    }
+
+    async fn stored(&mut self, stored: Stored) -> Result<(), Ended> {
+        tracing::debug!(object = stored.key.as_str(), bytes = stored.content_bytes, "WAL stored");
+        if !stored.unit {
+            self.pacing.put_took(stored.latency);
+        }
+        if self.progress.mark_stored(stored.start_lsn, stored.end_lsn) {
+            self.report(false).await?;
+            self.write_claims().await;
+        }
+        Ok(())
+    }
+
+    async fn observed(&mut self, observation: Observation) -> Result<(), Ended> {
+        match observation {
+            Observation::Claim { server_time, lsn, source, margin_micros, run } => {
+                let timeline = self.progress.timeline();
+                self.claims.push(Claim { timeline, server_time, lsn, source, margin_micros, run });
+                self.write_claims().await;
+            }
+            Observation::Synchronous(synchronous) => {
+                let rpo = if synchronous { Duration::ZERO } else { self.context.settings.rpo };
+                self.pacing.set_rpo(rpo);
+                self.context.status.send_modify(|s| s.synchronous = synchronous);
+            }
+            Observation::Stopping => {
+                if self.context.trouble.borrow().is_some() && self.held_bytes() > 0 {
+                    return Err(Ended::ServerStopping);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Stores the claims whose WAL is stored; a later claim of the same run makes the earlier ones superfluous.
+    async fn write_claims(&mut self) {
+        let stored = self.progress.reported();
+        let Some(last) = self.claims.iter().rposition(|c| reaches(stored, c.lsn)) else { return };
+        let Some(claim) = self.claims.get(last).cloned() else { return };
+        let destination = self.uploader.destination();
+        match coverage::write(&destination.repository, destination.incarnation, &claim).await {
+            Ok(()) => {
+                self.claims.drain(..=last);
+                let until = claim.server_time.saturating_add_micros(-claim.margin_micros);
+                self.context.status.send_modify(|s| s.covered_until = Some(until));
+            }
+            Err(error) => tracing::debug!(%error, "store a claim of coverage: failed, will go on trying"),
+        }
+    }
+
+    /// Tells the server how far WAL is stored: when that rose, or on demand.
+    async fn report(&mut self, always: bool) -> Result<(), ReplicationError> {
+        let position = self.progress.reported();
+        if always || position > self.last_reported {
+            self.sender.send(StatusUpdate::all_at(position)).await?;
+            self.last_reported = position;
+            self.last_status = Instant::now();
+        }
+        self.publish();
+        Ok(())
+    }
+
+    fn publish(&self) {
+        let trouble = self.context.trouble.borrow().clone();
+        let state = trouble.map_or(State::Streaming, State::StoreFailing);
+        let timeline = self.progress.timeline();
+        let stored = StoredStream { timeline, start_lsn: self.contiguous_from, end_lsn: self.progress.reported() };
+        self.context.status.send_modify(|s| {
+            if s.state != state {
+                s.since = Instant::now();
+                s.state = state;
+            }
+            s.timeline = Some(timeline);
+            s.received_lsn = self.assembler.received();
+            s.stored = Some(stored);
+        });
+    }
+
+    /// Stores what has arrived before the stream is given up, as far as the store takes it.
+    async fn wind_up(&mut self, ended: Ended, cancel: &CancellationToken) -> Ended {
+        if matches!(ended, Ended::Conflict(_) | Ended::ServerStopping | Ended::Timeline { .. }) {
+            return ended;
+        }
+        let grace = if cancel.is_cancelled() { self.context.settings.shutdown_grace } else { FLUSH_PATIENCE };
+        let flushed = tokio::time::timeout(grace, async {
+            loop {
+                self.start_uploads(true);
+                match self.uploader.next().await {
+                    Some(stored) => {
+                        self.progress.mark_stored(stored.start_lsn, stored.end_lsn);
+                        let _ = self.report(false).await;
+                    }
+                    None => break,
+                }
+            }
+        });
+        if flushed.await.is_err() {
+            let (stored, received) = (self.progress.reported(), self.assembler.received());
+            tracing::warn!(%stored, %received, "the stream ended before everything was stored; the slot keeps the rest");
+        }
+        ended
+    }
+
+    /// Bytes received and not stored.
+    fn held_bytes(&self) -> u64 {
+        let waiting: u64 = self.waiting.iter().map(|u| u.bytes.len() as u64).sum();
+        waiting + self.uploader.in_flight_bytes() + self.assembler.buffered_bytes()
+    }
+}
+
+impl From<ReplicationError> for Ended {
+    fn from(error: ReplicationError) -> Self {
+        Ended::Lost(error)
+    }
+}
+
+/// Whether stored WAL up to `stored` contains everything before `lsn`. The insert position may lie right behind a page
+/// header that is not written yet: nothing of the log is between.
+fn reaches(stored: Lsn, lsn: Lsn) -> bool {
+    const PAGE: u64 = 8192;
+    const LONG_HEADER: u64 = 40;
+    stored >= lsn || (lsn.0 % PAGE <= LONG_HEADER && stored.0 >= lsn.0 - lsn.0 % PAGE)
+}
+
+fn slice(unit: &Unit, start: Lsn, end: Lsn) -> Option<bytes::Bytes> {
+    let from = usize::try_from(start.checked_since(unit.start_lsn)?).ok()?;
+    let to = usize::try_from(end.checked_since(unit.start_lsn)?).ok()?;
+    (from <= to && to <= unit.bytes.len()).then(|| unit.bytes.slice(from..to))
+}

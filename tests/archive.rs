@@ -1,0 +1,267 @@
+//! The archiver against real servers: what is stored is what the server wrote, and nothing else was ever reported.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use pgrecall::archive::{ArchiveStatus, Archiver, Settings, State};
+use pgrecall::pg::{Lsn, SegmentNo, SegmentSize, TimelineId, Timestamp};
+use pgrecall::repository::catalogue::{self, WalObject};
+use pgrecall::repository::generation::{self, Lease};
+use pgrecall::repository::segment::read_segment;
+use pgrecall::repository::store::{Store, StoreSettings};
+use pgrecall::repository::{Location, Repository, identity};
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::common::guard::Directory;
+use crate::common::postgres::{Cluster, Stop};
+use crate::common::{MAJORS, NEWEST, wait};
+use crate::replication::config;
+
+const SIZE: SegmentSize = SegmentSize::MIB_16;
+
+pub async fn repository(dir: &Path) -> Repository {
+    let store = Store::open(&Location::File(dir.to_path_buf()), "shop", StoreSettings::default()).expect("open");
+    Repository::open_or_create(store, 1, None).await.expect("open or create")
+}
+
+/// A running archiver; [`Running::stop`] ends it orderly, [`Running::kill`] drops it where it stands.
+pub struct Running {
+    pub status: watch::Receiver<ArchiveStatus>,
+    cancel: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Running {
+    pub async fn start(cluster: &Cluster, repository: &Repository) -> Running {
+        Running::start_with(repository, config(cluster), Settings::default()).await
+    }
+
+    pub async fn start_with(
+        repository: &Repository,
+        connect: pgrecall::replication::ConnectConfig,
+        settings: Settings,
+    ) -> Running {
+        let lease = Lease { host: "h".into(), pid: std::process::id(), started_at: Timestamp(0), version: "t".into() };
+        let generation = generation::take(repository, &lease).await.expect("take a generation");
+        let (status, receiver) = watch::channel(ArchiveStatus::default());
+        let (units, mut passing) = mpsc::channel(4);
+        let repository = repository.clone();
+        let archiver = Archiver { settings, connect, repository, generation, status, units };
+        let cancel = CancellationToken::new();
+        let token = cancel.clone();
+        let task = tokio::spawn(async move {
+            let drain = async { while passing.recv().await.is_some() {} };
+            tokio::join!(archiver.run(token), drain);
+        });
+        Running { status: receiver, cancel, task }
+    }
+
+    pub async fn wait(&self, what: &str, condition: impl Fn(&ArchiveStatus) -> bool) -> ArchiveStatus {
+        let mut watched = self.status.clone();
+        let found = tokio::time::timeout(Duration::from_secs(60), watched.wait_for(|s| condition(s))).await;
+        match found {
+            Ok(status) => status.expect("the archiver runs").clone(),
+            Err(_) => panic!("waited in vain for: {what}; it is {:?}", self.status.borrow()),
+        }
+    }
+
+    pub async fn wait_stored(&self, lsn: Lsn) -> ArchiveStatus {
+        self.wait(&format!("{lsn} stored"), |s| s.stored.is_some_and(|s| s.end_lsn >= lsn)).await
+    }
+
+    pub async fn stop(self) {
+        self.cancel.cancel();
+        self.task.await.expect("the archiver ends");
+    }
+
+    pub async fn kill(self) {
+        self.task.abort();
+        let _ = self.task.await;
+    }
+}
+
+/// What is stored of a timeline, by segment.
+async fn stored(repository: &Repository, timeline: u32) -> BTreeMap<SegmentNo, Vec<u8>> {
+    let known = identity::current(repository).await.expect("identity").expect("one");
+    let timeline = TimelineId(timeline);
+    let listing = catalogue::list_wal_timeline(repository, known.incarnation, timeline, SIZE).await.expect("list");
+    let mut segments: BTreeMap<SegmentNo, Vec<WalObject>> = BTreeMap::new();
+    for object in listing.ranges {
+        segments.entry(object.range.segment).or_default().push(object);
+    }
+    let mut bytes = BTreeMap::new();
+    for (segment, objects) in segments {
+        let content = read_segment(repository, known.incarnation, SIZE, &objects).await.expect("read");
+        bytes.insert(segment, content.to_vec());
+    }
+    bytes
+}
+
+/// Compares with the server's own files; returns how many bytes were compared.
+fn assert_equal_to_server(cluster: &Cluster, timeline: u32, stored: &BTreeMap<SegmentNo, Vec<u8>>) -> usize {
+    let mut compared = 0;
+    for (segment, bytes) in stored {
+        let name = pgrecall::pg::SegmentName::new(TimelineId(timeline), *segment, SIZE);
+        let path = cluster.data().join("pg_wal").join(name.to_string());
+        let Ok(file) = std::fs::read(path) else { continue };
+        assert!(file[..bytes.len()] == bytes[..], "segment {name} differs");
+        compared += bytes.len();
+    }
+    compared
+}
+
+fn keep(major: u16) -> Cluster {
+    Cluster::builder(major).setting("wal_keep_size", "1GB").start()
+}
+
+fn write(cluster: &Cluster, rows: u32) -> Lsn {
+    cluster.query(&format!(
+        "CREATE TABLE IF NOT EXISTS t (i int, x text); \
+         INSERT INTO t SELECT i, repeat(md5(i::text), 10) FROM generate_series(1, {rows}) i"
+    ));
+    cluster.flush_lsn()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_stored_is_what_the_server_wrote() {
+    for major in MAJORS {
+        let (cluster, dir) = (keep(major), Directory::new("archive"));
+        let repository = repository(dir.path()).await;
+        let running = Running::start(&cluster, &repository).await;
+        running.wait("streaming", |s| s.state == State::Streaming).await;
+        let end = write(&cluster, 100_000);
+        cluster.switch_wal();
+        let last = write(&cluster, 1_000);
+        running.wait_stored(last).await;
+        running.stop().await;
+        let segments = stored(&repository, 1).await;
+        let compared = assert_equal_to_server(&cluster, 1, &segments);
+        assert!(compared as u64 > end.0 - (1 << 24), "{major}: only {compared} bytes compared");
+        let slot = cluster.lsn("SELECT restart_lsn FROM pg_replication_slots WHERE slot_name = 'pgrecall'");
+        assert!(slot <= last.saturating_add(1 << 20) && slot > Lsn(1 << 24), "the slot follows: {slot}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_moment_it_goes_on_without_a_gap() {
+    let (cluster, dir) = (keep(NEWEST), Directory::new("archive"));
+    let repository = repository(dir.path()).await;
+    let mut last = Lsn::ZERO;
+    for round in 0..6u32 {
+        let running = Running::start(&cluster, &repository).await;
+        let end = write(&cluster, 5_000 + round * 7_000);
+        if round % 2 == 0 {
+            running.wait_stored(end).await;
+        }
+        running.kill().await;
+        last = end;
+    }
+    let running = Running::start(&cluster, &repository).await;
+    running.wait_stored(last).await;
+    running.stop().await;
+    let segments = stored(&repository, 1).await;
+    let numbers: Vec<u64> = segments.keys().map(|s| s.0).collect();
+    assert!(numbers.windows(2).all(|w| w[1] == w[0] + 1), "no segment is missing: {numbers:?}");
+    let open = *segments.keys().last().expect("some");
+    assert!(segments.iter().all(|(s, b)| *s == open || b.len() as u64 == SIZE.bytes()), "no hole in a segment");
+    assert_equal_to_server(&cluster, 1, &segments);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_server_s_covered_time_moves_on() {
+    let (cluster, dir) = (keep(NEWEST), Directory::new("archive"));
+    let repository = repository(dir.path()).await;
+    let settings = Settings { coverage_interval: Duration::from_millis(500), ..Settings::default() };
+    let running = Running::start_with(&repository, config(&cluster), settings).await;
+    let first = running.wait("a first claim", |s| s.covered_until.is_some()).await.covered_until;
+    let later = running.wait("a later claim", |s| s.covered_until > first).await;
+    assert!(later.covered_until > first);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promoted_standby_is_followed_without_a_gap() {
+    let dir = Directory::new("archive");
+    let repository = repository(dir.path()).await;
+    let mut primary = keep(NEWEST);
+    let standby = primary.standby();
+    let mut connect = config(&primary);
+    connect.hosts.extend(config(&standby).hosts);
+    let running = Running::start_with(&repository, connect, Settings::default()).await;
+    let end = write(&primary, 20_000);
+    running.wait_stored(end).await;
+    standby.wait_replayed(end);
+    primary.stop(Stop::Fast);
+    standby.promote();
+    standby.wait_writable();
+    let end = write(&standby, 20_000);
+    let status =
+        running.wait("timeline 2", |s| s.stored.is_some_and(|s| s.timeline == TimelineId(2) && s.end_lsn >= end)).await;
+    assert_eq!(status.gaps_found, 0);
+    running.stop().await;
+    assert_equal_to_server(&standby, 2, &stored(&repository, 2).await);
+    let known = identity::current(&repository).await.expect("identity").expect("one");
+    let listing = catalogue::list_wal(&repository, known.incarnation, SIZE).await.expect("list");
+    assert_eq!(listing.histories.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_stops_although_its_archiver_is_connected() {
+    let (mut cluster, dir) = (keep(NEWEST), Directory::new("archive"));
+    let repository = repository(dir.path()).await;
+    let running = Running::start(&cluster, &repository).await;
+    let end = write(&cluster, 1_000);
+    running.wait_stored(end).await;
+    cluster.stop(Stop::Fast);
+    cluster.start();
+    let end = write(&cluster, 10);
+    running.wait_stored(end).await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn removed_wal_becomes_a_recorded_gap_and_archiving_goes_on() {
+    let cluster = Cluster::builder(NEWEST)
+        .setting("max_slot_wal_keep_size", "1MB")
+        .setting("min_wal_size", "32MB")
+        .setting("max_wal_size", "32MB")
+        .start();
+    let dir = Directory::new("archive");
+    let repository = repository(dir.path()).await;
+    let running = Running::start(&cluster, &repository).await;
+    let end = write(&cluster, 1_000);
+    running.wait_stored(end).await;
+    running.stop().await;
+    wait::until("the slot is invalidated", 60, || {
+        cluster.switch_wal();
+        write(&cluster, 20_000);
+        cluster.query("CHECKPOINT");
+        cluster.query("SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'pgrecall'") == "lost"
+    });
+    let running = Running::start(&cluster, &repository).await;
+    running.wait("the gap", |s| s.gaps_found == 1).await;
+    let end = write(&cluster, 100);
+    running.wait_stored(end).await;
+    running.stop().await;
+    let known = identity::current(&repository).await.expect("identity").expect("one");
+    let gaps = catalogue::list_gaps(&repository, known.incarnation).await.expect("list");
+    assert_eq!(gaps.len(), 1);
+    assert!(gaps[0].start_lsn < gaps[0].end_lsn);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_cluster_cannot_write_into_the_repository() {
+    let (cluster, dir) = (keep(NEWEST), Directory::new("archive"));
+    let repository = repository(dir.path()).await;
+    let running = Running::start(&cluster, &repository).await;
+    running.wait("streaming", |s| s.state == State::Streaming).await;
+    running.stop().await;
+    let other = Cluster::builder(NEWEST).fresh().start();
+    let running = Running::start(&other, &repository).await;
+    let status = running.wait("conflict", |s| matches!(s.state, State::Conflict(_))).await;
+    assert!(format!("{:?}", status.state).contains("system identifier"), "{:?}", status.state);
+    running.stop().await;
+}
