@@ -18,5 +18,7 @@ mod authentication;
 mod base_backup;
 mod cli;
 mod harness;
+mod instance;
+mod recovery;
 mod replication;
 mod wal_oracle;

@@ -49,7 +49,7 @@ pub enum Amcheck {
 const STATEMENT_LIMIT: Duration = Duration::from_secs(30);
 
 /// A restored prepared transaction holds its locks until somebody decides about it.
-const AMCHECK_LOCK_LIMIT: Duration = Duration::from_secs(10);
+const AMCHECK_LOCK_LIMIT: Duration = Duration::from_secs(2);
 
 /// The schema into which `amcheck` is put, and taken away with, where a database does not have it.
 const AMCHECK_SCHEMA: &str = "pgrecall_amcheck";

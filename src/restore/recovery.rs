@@ -115,6 +115,7 @@ pub fn prepare(data_directory: &Path, recovery: &Recovery) -> anyhow::Result<Pre
         Some(later) => control.parameters.raised_to(later),
         None => control.parameters.clone(),
     };
+    close_to_others(data_directory)?;
     for name in LEFTOVERS {
         remove_if_there(&data_directory.join(name))?;
     }
@@ -153,6 +154,18 @@ pub fn raise_parameters(prepared: &mut Prepared, recovery: &Recovery) -> anyhow:
 /// reads them, or makes a standby of the directory.
 pub fn forget_recovery(prepared: &Prepared, recovery: &Recovery) -> anyhow::Result<()> {
     write(&prepared.data_directory.join("postgresql.auto.conf"), automatic(prepared, recovery, None)?.as_bytes())
+}
+
+/// The server refuses a directory that others may read or the group may write, as an empty one that was given to restore
+/// into often is.
+fn close_to_others(data_directory: &Path) -> anyhow::Result<()> {
+    const TOO_MUCH: u32 = 0o027;
+    let mode = fs::metadata(data_directory)?.mode();
+    if mode & TOO_MUCH == 0 {
+        return Ok(());
+    }
+    let permissions = fs::Permissions::from_mode(0o700);
+    fs::set_permissions(data_directory, permissions).with_context(|| format!("close {}", data_directory.display()))
 }
 
 /// Reads and checks `global/pg_control`.
