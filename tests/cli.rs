@@ -3,6 +3,9 @@
 use std::path::Path;
 use std::process::{Command, Output};
 
+use crate::common::NEWEST;
+use crate::common::postgres::Cluster;
+
 fn pgrecall(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pgrecall"));
     command.args(arguments).env_remove("PGRECALL_CONFIG").env_remove("PGRECALL_LOG");
@@ -100,4 +103,26 @@ fn status_without_daemon_and_without_anything_stored_is_no_error() {
     let run = pgrecall(&["--config", &config, "status", "shp"]);
     assert_eq!(run.status.code(), Some(10));
     assert!(text(&run.stderr).ends_with("hint: Did you mean shop?\n"), "{}", text(&run.stderr));
+}
+
+#[test]
+fn a_slot_is_dropped_once_and_an_incarnation_needs_a_confirmation() {
+    let cluster = Cluster::start_new(NEWEST);
+    cluster.query("SELECT pg_create_physical_replication_slot('pgrecall_shop', true)");
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let postgres = cluster.conninfo();
+    let place = dir.path().display();
+    let config =
+        write(dir.path(), &format!("[environment.shop]\npostgres = \"{postgres}\"\nrepository = \"file://{place}\"\n"));
+    let run = pgrecall(&["--config", &config, "slot", "drop", "shop"]);
+    assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
+    assert!(text(&run.stdout).starts_with("slot pgrecall_shop dropped on "), "{}", text(&run.stdout));
+    assert_eq!(cluster.query("SELECT count(*) FROM pg_replication_slots"), "0");
+    let again = pgrecall(&["--config", &config, "slot", "drop", "shop"]);
+    assert_eq!(again.status.code(), Some(10), "{}", text(&again.stderr));
+
+    let unconfirmed = pgrecall(&["--config", &config, "incarnation", "open", "shop", "--confirm", "shp"]);
+    assert_eq!(unconfirmed.status.code(), Some(2));
+    let empty = pgrecall(&["--config", &config, "incarnation", "open", "shop", "--confirm", "shop"]);
+    assert_eq!(empty.status.code(), Some(10), "{}", text(&empty.stderr));
 }

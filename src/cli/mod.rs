@@ -5,7 +5,10 @@
 
 mod backups;
 mod config_check;
+mod incarnation;
 mod output;
+mod server;
+mod slot;
 mod status;
 mod store_state;
 mod times;
@@ -41,6 +44,12 @@ enum Verb {
     Status(status::Arguments),
     /// List the backups of an environment
     Backups(backups::Arguments),
+    /// The replication slot of an environment
+    #[command(subcommand)]
+    Slot(slot::Verb),
+    /// The pasts of an environment
+    #[command(subcommand)]
+    Incarnation(incarnation::Verb),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigVerb),
@@ -83,6 +92,8 @@ fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
     match verb {
         Verb::Config(ConfigVerb::Check) => config_check::run(context),
         Verb::Status(arguments) => block_on(until_interrupted(status::run(context, arguments))),
+        Verb::Slot(verb) => block_on(until_interrupted(slot::run(context, verb))),
+        Verb::Incarnation(verb) => block_on(until_interrupted(incarnation::run(context, verb))),
         Verb::Backups(arguments) => block_on(until_interrupted(backups::run(context, arguments))),
     }
 }

@@ -5,12 +5,12 @@ use std::path::Path;
 use super::environment::{Environment, Location};
 use super::secret_ref::{SecretError, SecretRef};
 use crate::error::{Code, Failure};
+use crate::replication::ConnectConfig;
 use crate::repository::crypto::MasterKey;
 use crate::repository::location::{Credentials, S3Location};
 use crate::repository::store::StoreSettings;
 use crate::repository::{self, Repository, Store};
 use crate::util::digest::unhex;
-use crate::util::secret::Secret;
 
 impl Environment {
     /// The environment's folder in its store. Nothing is sent yet.
@@ -99,13 +99,20 @@ impl Environment {
         }
     }
 
-    /// The password of the database, when the configuration refers to one.
+    /// How to reach the cluster, with the password.
     ///
     /// # Errors
-    /// When it cannot be read.
-    pub fn load_password(&self) -> Result<Option<Secret>, Failure> {
-        let reference = self.postgres.as_ref().and_then(|postgres| postgres.password.as_ref());
-        reference.map(SecretRef::load).transpose().map_err(|error| self.secret_failure(&error))
+    /// When the environment has no `postgres`, or the password cannot be read.
+    pub fn connect(&self) -> Result<ConnectConfig, Failure> {
+        let Some(postgres) = &self.postgres else {
+            let message = format!("connect to {}: the configuration has no `postgres` for it", self.name);
+            return Err(
+                Failure::new(Code::Configuration, message).hint("Without it an environment is only restored here.")
+            );
+        };
+        let password = postgres.password.as_ref().map(SecretRef::load).transpose();
+        let password = password.map_err(|error| self.secret_failure(&error))?;
+        Ok(ConnectConfig { password, ..postgres.connect.clone() })
     }
 
     fn secret_failure(&self, error: &SecretError) -> Failure {

@@ -9,9 +9,11 @@ use chrono_tz::Tz;
 
 use super::document::Section;
 use super::secret_ref::SecretRef;
+use crate::replication::ConnectConfig;
 
 const NAME_CHARACTERS_MAX: usize = 48;
 const SLOT_CHARACTERS_MAX: usize = 63;
+const DEFAULT_APPLICATION_NAME: &str = "pgrecall";
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 const TIB: u64 = 1 << 40;
@@ -42,11 +44,10 @@ pub struct Environment {
 /// How the cluster is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Postgres {
-    /// A libpq connection string, without password.
-    pub conninfo: String,
+    /// The connection string, read; the password is not in it yet.
+    pub connect: ConnectConfig,
     pub password: Option<SecretRef>,
     pub slot: String,
-    pub application_name: String,
 }
 
 /// `s3://bucket/prefix` or `file:///directory`.
@@ -153,7 +154,7 @@ impl Environment {
 
     pub(super) fn shares_slot_with(&self, other: &Environment) -> bool {
         match (&self.postgres, &other.postgres) {
-            (Some(a), Some(b)) => a.conninfo == b.conninfo && a.slot == b.slot,
+            (Some(a), Some(b)) => a.slot == b.slot && a.connect.hosts.iter().any(|host| b.connect.hosts.contains(host)),
             _ => false,
         }
     }
@@ -173,13 +174,20 @@ fn read_postgres(name: &EnvironmentName, section: &Section<'_>) -> Option<Postgr
         1..=SLOT_CHARACTERS_MAX if text.bytes().all(|b| b.is_ascii_graphic()) => Ok(text.to_owned()),
         _ => Err(format!("{text:?} is not 1 to {SLOT_CHARACTERS_MAX} printable ASCII characters without spaces")),
     });
-    let conninfo = section.own_text("postgres")?;
-    Some(Postgres {
-        conninfo: conninfo.value,
-        password,
-        slot: slot.unwrap_or_else(|| name.default_slot()),
-        application_name: application_name.unwrap_or_else(|| "pgrecall".to_owned()),
-    })
+    let text = section.own_text("postgres")?;
+    let mut connect = match text.value.parse::<ConnectConfig>() {
+        Ok(connect) => connect,
+        Err(error) => {
+            error.problems.iter().for_each(|problem| section.report_at(&text, problem.as_str()));
+            return None;
+        }
+    };
+    if connect.password.is_some() {
+        section.report_at(&text, "a password does not stand in the configuration: use password_file or password_env");
+    }
+    let fallback = || Some(DEFAULT_APPLICATION_NAME.to_owned());
+    connect.application_name = application_name.or(connect.application_name).or_else(fallback);
+    Some(Postgres { connect, password, slot: slot.unwrap_or_else(|| name.default_slot()) })
 }
 
 fn read_archive(section: &Section<'_>) -> Archive {

@@ -16,6 +16,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 pub use document::Problem;
 pub use environment::{Archive, Environment, EnvironmentName, Location, Postgres, Restore, S3};
@@ -30,12 +31,17 @@ use document::{Document, Section};
 pub const DEFAULT_PATH: &str = "/etc/pgrecall/config.toml";
 const DEFAULT_CONTROL_SOCKET: &str = "/run/pgrecall/control.sock";
 
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
+const SHUTDOWN_GRACE_MAX: Duration = Duration::from_mins(10);
+
 /// A valid configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
     pub path: PathBuf,
     pub log: telemetry::Settings,
     pub control_socket: PathBuf,
+    /// Time for the tails to be stored when the daemon is stopped.
+    pub shutdown_grace: Duration,
     pub environments: BTreeMap<EnvironmentName, Environment>,
 }
 
@@ -77,6 +83,8 @@ impl Config {
         let root = document.root(&table);
         let log = read_log(root.table("log"));
         let control_socket = root.parsed("control_socket", environment::absolute_path);
+        let shutdown_grace =
+            root.duration("shutdown_grace", SHUTDOWN_GRACE, Duration::from_secs(1)..=SHUTDOWN_GRACE_MAX);
         let mut environments = BTreeMap::new();
         for (name, section) in root.named_tables("environment", "defaults") {
             match EnvironmentName::new(&name.value) {
@@ -100,6 +108,7 @@ impl Config {
                 path: path.to_path_buf(),
                 log,
                 control_socket: control_socket.unwrap_or_else(|| PathBuf::from(DEFAULT_CONTROL_SOCKET)),
+                shutdown_grace,
                 environments,
             }),
             problems => Err(problems),

@@ -69,12 +69,14 @@ fn the_example_holds_every_key() {
     let table = document.parse();
     let root = document.root(&table);
     read_log(root.table("log"));
+    root.text("control_socket");
+    root.text("shutdown_grace");
     for (name, section) in root.named_tables("environment", "defaults") {
         Environment::read(EnvironmentName::new(&name.value).expect("a name"), section);
     }
     let keys: BTreeSet<String> = document.schema();
     assert!(keys.contains("environment.*.s3.endpoint"), "{keys:?}");
-    for key in keys.iter().filter(|key| key.matches('.').count() > 1 || key.starts_with("log.")) {
+    for key in keys.iter().filter(|key| !matches!(key.as_str(), "environment" | "defaults" | "log")) {
         let name = key.rsplit('.').next().expect("the last part");
         let written = |line: &str| line.trim_start_matches('#').starts_with(&format!("{name} = "));
         let table = |line: &str| line.trim_start_matches('#').ends_with(&format!(".{name}]"));
@@ -88,7 +90,8 @@ fn the_smallest_configuration_is_three_lines() {
     let config = config.expect("three lines suffice");
     let shop = config.environment("shop-eu").expect("the environment");
     let postgres = shop.postgres.as_ref().expect("how it is reached");
-    assert_eq!((postgres.slot.as_str(), postgres.application_name.as_str()), ("pgrecall_shop_eu", "pgrecall"));
+    let name = postgres.connect.application_name.as_deref();
+    assert_eq!((postgres.slot.as_str(), name), ("pgrecall_shop_eu", Some("pgrecall")));
     assert_eq!(shop.archive, Archive::default());
     assert_eq!(shop.restore, Restore::default());
     assert_eq!(shop.s3, S3::default());
@@ -189,9 +192,28 @@ fn a_mistyped_environment_suggests_the_nearest() {
 }
 
 #[test]
+fn a_connection_string_is_read_and_holds_no_password() {
+    let text = "[environment.a]\nrepository = \"file:///a\"\npostgres = \"host=a port=x sslmode=maybe\"\n\
+                [environment.b]\nrepository = \"file:///a\"\npostgres = \"host=a password=geheim\"\n";
+    check(
+        text,
+        &[
+            "3 environment.a.postgres: port: \"x\"",
+            "3 environment.a.postgres: sslmode",
+            "6 environment.b.postgres: a password",
+        ],
+    );
+    assert!(!format!("{:?}", parse(text)).contains("geheim"));
+    let text = "[environment.a]\nrepository = \"file:///a\"\npostgres = \"host=a,b application_name=n\"\n";
+    let config = parse(text).expect("valid");
+    let postgres = config.environment("a").expect("a").postgres.clone().expect("postgres");
+    assert_eq!((postgres.connect.hosts.len(), postgres.connect.application_name.as_deref()), (2, Some("n")));
+}
+
+#[test]
 fn two_environments_do_not_share_a_slot_of_one_server() {
     let text = "[environment.a]\npostgres = \"host=/tmp\"\nslot = \"x\"\nrepository = \"file:///a\"\n\
-                [environment.b]\npostgres = \"host=/tmp\"\nslot = \"x\"\nrepository = \"file:///a\"\n";
+                [environment.b]\npostgres = \"host=/srv,/tmp\"\nslot = \"x\"\nrepository = \"file:///a\"\n";
     check(text, &["5 environment.b: uses the same server and replication slot x as environment.a"]);
 }
 

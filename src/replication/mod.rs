@@ -17,6 +17,7 @@ pub mod base_backup;
 mod connection;
 pub mod conninfo;
 mod error;
+mod failure;
 mod passfile;
 pub mod session;
 pub mod sql;
