@@ -91,11 +91,14 @@ impl Process {
         if self.ended().is_none() {
             // Stopped first, so that it starts no further child between the listing and the kill.
             signal(self.pid(), "STOP");
-            for child in children(self.pid()) {
-                signal(child, "KILL");
+            let children = children(self.pid());
+            for child in &children {
+                signal(*child, "KILL");
             }
             signal(self.pid(), "KILL");
             self.wait(30);
+            // They hold shared memory and files until they are gone.
+            super::wait::until("the end of its children", 30, || !children.iter().any(|child| is_alive(*child)));
         }
     }
 }
@@ -127,6 +130,12 @@ pub fn signal(pid: u32, name: &str) {
     if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
         let _ = kill_process(pid, signal);
     }
+}
+
+/// Whether a process exists and is not merely waiting to be noticed by its parent.
+fn is_alive(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }
 
 /// The direct children of a process.

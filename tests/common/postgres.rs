@@ -309,7 +309,11 @@ impl Cluster {
         let mut command = Command::new(places::pg_program(self.major, name));
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default()).env("LC_ALL", "C.UTF-8");
         command.env("PGHOST", self.socket_dir()).env("PGPORT", self.port.to_string()).env("PGUSER", "postgres");
-        command.env("PGDATABASE", "postgres").env("HOME", self.dir.path()).current_dir(self.dir.path());
+        command
+            .env("PGDATABASE", "postgres")
+            .env("TZ", "UTC")
+            .env("HOME", self.dir.path())
+            .current_dir(self.dir.path());
         command
     }
 
