@@ -21,5 +21,4 @@ mod harness;
 mod instance;
 mod recovery;
 mod replication;
-mod server_questions;
 mod wal_oracle;

@@ -10,7 +10,8 @@ use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::assembler::Unit;
+use super::housekeeping;
+use super::indexing;
 use super::observer::{Asking, Observer};
 use super::resume::{self, Conflict, Resume, ServerPosition};
 use super::settings::Settings;
@@ -38,8 +39,6 @@ pub struct Archiver {
     pub repository: Repository,
     pub generation: Generation,
     pub status: watch::Sender<ArchiveStatus>,
-    /// Complete units as they pass, for the index; full means that the index is made later from the store.
-    pub units: mpsc::Sender<(TimelineId, Unit)>,
 }
 
 /// A server that was chosen, with an idle connection to it.
@@ -65,24 +64,25 @@ impl Archiver {
     /// Cancel safety: after `cancel` the tail is stored within `shutdown_grace`; dropping the future loses nothing that
     /// was reported to the server.
     pub async fn run(self, cancel: CancellationToken) {
+        let tidying = housekeeping::run(self.repository.clone(), self.status.subscribe(), cancel.clone());
+        tokio::join!(self.archive(&cancel), tidying);
+        self.set_state(State::Stopped);
+    }
+
+    async fn archive(&self, cancel: &CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
         let mut connections = 0;
         while !cancel.is_cancelled() {
-            let attempt = tokio::select! {
-                biased;
-                attempt = self.attempt(&mut connections, &cancel) => attempt,
-            };
-            match attempt {
+            match self.attempt(&mut connections, cancel).await {
                 Ok(Attempt::Stop) => break,
                 Ok(Attempt::Next) => backoff.reset(),
-                Ok(Attempt::Again(state)) => self.pause(state, &mut backoff, &cancel).await,
+                Ok(Attempt::Again(state)) => self.pause(state, &mut backoff, cancel).await,
                 Err(error) => {
                     let state = State::Disconnected(format!("{error:#}"));
-                    self.pause(state, &mut backoff, &cancel).await;
+                    self.pause(state, &mut backoff, cancel).await;
                 }
             }
         }
-        self.set_state(State::Stopped);
     }
 
     async fn pause(&self, state: State, backoff: &mut Backoff, cancel: &CancellationToken) {
@@ -267,17 +267,21 @@ impl Archiver {
             walsender_pid: backend_pid,
         };
         let mut observer = Observer::start(asking, troubles.clone());
+        let (units, passing) = mpsc::channel(indexing::UNITS_WAITING_MAX);
+        let indexing = tokio::spawn(indexing::run(destination.clone(), passing));
         let context = StreamContext {
             settings: &self.settings,
             status: &self.status,
             observer: &mut observer,
-            units: &self.units,
+            units: &units,
             trouble: troubles,
         };
         let (reader, sender) = stream.split();
         let uploader = Uploader::new(destination.clone(), self.settings.puts_in_flight, trouble);
         let (ended, _reader) = Stream::new(context, resume, sender, uploader).run(reader, cancel).await;
         observer.stop().await;
+        drop(units);
+        let _ = indexing.await;
         self.after(ended, &destination, timeline).await
     }
 

@@ -9,6 +9,7 @@ mod failure;
 pub mod format;
 pub mod generation;
 pub mod identity;
+pub mod index;
 pub mod layout;
 pub mod location;
 pub mod pack;
