@@ -9,6 +9,7 @@ pub mod daemon;
 pub mod error;
 pub mod instance;
 pub mod lineage;
+pub mod operations;
 pub mod pg;
 pub mod replication;
 pub mod repository;

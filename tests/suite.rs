@@ -21,4 +21,5 @@ mod harness;
 mod instance;
 mod recovery;
 mod replication;
+mod server_questions;
 mod wal_oracle;

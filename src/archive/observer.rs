@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::uploader::StoreTrouble;
 use crate::pg::{Lsn, Timestamp};
+use crate::replication::sql::{Sql, SyncWait};
 use crate::replication::{ConnectConfig, ReplicationError, Session};
 use crate::repository::coverage::ClaimSource;
 
@@ -21,6 +22,8 @@ use crate::repository::coverage::ClaimSource;
 const INSERT_MARGIN: Duration = Duration::from_secs(1);
 /// How often the server's state is looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// Commits that wait longer than this are reported.
+const SYNC_WAIT_MAX: Duration = Duration::from_secs(5);
 /// How often we ask whether the server stops while the store takes nothing.
 const STALL_INTERVAL: Duration = Duration::from_secs(3);
 
@@ -63,7 +66,8 @@ impl Observer {
         let (sender, observations) = mpsc::channel(8);
         let server_time = Arc::new(AtomicI64::new(i64::MIN));
         let cancel = CancellationToken::new();
-        let asker = Asker { asking, sender, server_time: server_time.clone(), run: rand::random(), last: None };
+        let asker =
+            Asker { asking, sender, server_time: server_time.clone(), run: rand::random(), last: None, sql: None };
         let task = tokio::spawn(asker.run(trouble, cancel.clone()));
         Observer { observations, server_time, task, cancel }
     }
@@ -95,11 +99,13 @@ struct Asker {
     server_time: Arc<AtomicI64>,
     run: u32,
     last: Option<Timestamp>,
+    sql: Option<Sql>,
 }
 
 impl Asker {
     async fn run(mut self, mut trouble: watch::Receiver<StoreTrouble>, cancel: CancellationToken) {
         let mut next_claim = tokio::time::Instant::now();
+        let mut synchronous = false;
         loop {
             let stalled = trouble.borrow_and_update().is_some();
             let work = async {
@@ -110,6 +116,7 @@ impl Asker {
                 if stalled {
                     self.ask_whether_it_stops().await;
                 }
+                self.look_at_waiting_commits(&mut synchronous).await;
             };
             tokio::select! {
                 biased;
@@ -127,7 +134,11 @@ impl Asker {
     }
 
     async fn claim(&mut self) {
-        let Some((server_time, lsn, source, margin)) = self.ask_over_replication().await else { return };
+        let claimed = match self.ask_over_sql().await {
+            Some(claim) => Some(claim),
+            None => self.ask_over_replication().await,
+        };
+        let Some((server_time, lsn, source, margin)) = claimed else { return };
         if self.last.is_some_and(|last| server_time < last) {
             tracing::warn!(%server_time, "the server's clock stepped back: coverage begins anew");
             self.run = rand::random();
@@ -135,6 +146,29 @@ impl Asker {
         self.last = Some(server_time);
         let margin_micros = i64::try_from(margin.as_micros()).unwrap_or(i64::MAX);
         let _ = self.sender.send(Observation::Claim { server_time, lsn, source, margin_micros, run: self.run }).await;
+    }
+
+    /// The connection for ordinary queries, made when there is none; the role may not be allowed to have one.
+    async fn take_sql(&mut self) -> Option<Sql> {
+        if let Some(sql) = self.sql.take() {
+            return Some(sql);
+        }
+        match Sql::connect(&self.asking.connect, self.asking.host_index).await {
+            Ok(sql) => Some(sql),
+            Err(error) => {
+                tracing::debug!(%error, "no connection for queries");
+                None
+            }
+        }
+    }
+
+    /// A connection that failed is not kept.
+    async fn ask_over_sql(&mut self) -> Option<(Timestamp, Lsn, ClaimSource, Duration)> {
+        let mut sql = self.take_sql().await?;
+        let reading = sql.clock_reading().await.ok()?;
+        self.sql = Some(sql);
+        let reading = reading?;
+        Some((reading.server_time, reading.insert_lsn, ClaimSource::Insert, INSERT_MARGIN))
     }
 
     async fn ask_over_replication(&mut self) -> Option<(Timestamp, Lsn, ClaimSource, Duration)> {
@@ -160,4 +194,33 @@ impl Asker {
             Err(_) => {}
         }
     }
+
+    async fn look_at_waiting_commits(&mut self, synchronous: &mut bool) {
+        let Some(mut sql) = self.take_sql().await else { return };
+        let Ok(state) = sql.sync_state(self.asking.walsender_pid).await else { return };
+        let now = state.commits_wait_for_us();
+        if now != *synchronous {
+            *synchronous = now;
+            if now {
+                tracing::warn!("commits wait for this archiver: WAL is stored at once, as with rpo = \"0s\"");
+            }
+            let _ = self.sender.send(Observation::Synchronous(now)).await;
+        }
+        if now && let Ok(waits) = sql.sync_waits(SYNC_WAIT_MAX).await {
+            warn_of_waits(&waits);
+        }
+        self.sql = Some(sql);
+    }
+}
+
+/// Commits that hang say so, with the way out.
+fn warn_of_waits(waits: &[SyncWait]) {
+    let Some(longest) = waits.iter().map(|w| w.waiting).max() else { return };
+    let (backends, seconds) = (waits.len(), longest.as_secs());
+    tracing::error!(
+        backends,
+        seconds,
+        "commits wait for the store; to let them go on without it: \
+         ALTER SYSTEM RESET synchronous_standby_names; SELECT pg_reload_conf();"
+    );
 }

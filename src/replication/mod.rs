@@ -35,5 +35,5 @@ pub use connection::Rows;
 pub use conninfo::{ConnectConfig, ConninfoError, Host};
 pub use error::{ChecksumFailure, ReplicationError, ServerMessage};
 pub use session::{Session, SlotPosition, SystemIdentity, TimelineHistory};
-pub use sql::Sql;
+pub use sql::{ServerFacts, Sql};
 pub use stream::{StartReplication, StatusSender, StatusUpdate, WalEvent, WalReader, WalStream};

@@ -3,12 +3,19 @@
 //! On the same transport as replication (one place for TLS and authentication), by the simple protocol: every value comes
 //! as text. The daemon's role needs only REPLICATION, so every question here may be refused, and callers go on without.
 
+mod facts;
+mod watch;
+
 use std::time::Duration;
 
 use super::connection::{Connection, Purpose, Rows};
 use super::conninfo::ConnectConfig;
 use super::error::ReplicationError;
+use super::session::quoted_identifier;
 use crate::pg::Major;
+
+pub use facts::{ConfigFileText, DatabaseFacts, EffectiveSetting, InstalledExtension, ServerFacts};
+pub use watch::{ClockReading, SlotState, SyncState, SyncWait, WalSettings};
 
 /// No question here takes long; a lock held by somebody else must not hold us.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -17,6 +24,7 @@ const QUERY_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Sql {
     connection: Connection,
+    user: String,
 }
 
 impl Sql {
@@ -34,7 +42,8 @@ impl Sql {
         host_index: usize,
         database: &str,
     ) -> Result<Sql, ReplicationError> {
-        Ok(Sql { connection: Connection::open(config, host_index, Purpose::Sql(database)).await? })
+        let connection = Connection::open(config, host_index, Purpose::Sql(database)).await?;
+        Ok(Sql { connection, user: config.user.clone() })
     }
 
     pub fn backend_pid(&self) -> i32 {
@@ -52,8 +61,29 @@ impl Sql {
     /// # Errors
     /// `Server` with the SQLSTATE; `ConnectionLost`, also after 30 s without an answer.
     pub async fn query(&mut self, sql: &str) -> Result<Rows, ReplicationError> {
-        let mut results = self.connection.query_within(sql, QUERY_TIMEOUT).await?;
-        Ok(results.pop().unwrap_or_default())
+        Ok(self.query_all(sql).await?.pop().unwrap_or_default())
+    }
+
+    /// The rows of each statement that has some.
+    ///
+    /// # Errors
+    /// As [`Sql::query`].
+    pub async fn query_all(&mut self, sql: &str) -> Result<Vec<Rows>, ReplicationError> {
+        self.connection.query_within(sql, QUERY_TIMEOUT).await
+    }
+
+    /// Turns "insufficient privilege" into the GRANT that gives it: a role, or `EXECUTE ON FUNCTION …`.
+    fn missing_grant(&self, error: ReplicationError, right: &str) -> ReplicationError {
+        match error {
+            ReplicationError::Server(message) if message.sqlstate == "42501" => {
+                ReplicationError::MissingGrant { statement: self.grant(right), message: message.message }
+            }
+            other => other,
+        }
+    }
+
+    fn grant(&self, right: &str) -> String {
+        format!("GRANT {right} TO {}", quoted_identifier(&self.user))
     }
 
     /// Ends the connection.
