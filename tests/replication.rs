@@ -247,3 +247,24 @@ async fn a_server_that_shuts_down_sends_everything_and_says_so() {
         assert!(matches!(e, ReplicationError::Unreachable { .. }) && e.is_retryable(), "{e:?}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slot_that_lost_its_wal_is_no_reason_to_wait() {
+    for major in MAJORS {
+        let builder = Cluster::builder(major).segment_mib(1).setting("max_slot_wal_keep_size", "1MB");
+        let cluster = builder.setting("max_wal_size", "2MB").setting("min_wal_size", "2MB").start();
+        let mut session = session(&cluster).await;
+        session.create_physical_slot("s").await.expect("a slot");
+        let start = SegmentSize::new(1 << 20).expect("a size").start_of(cluster.flush_lsn());
+        session.close().await;
+        for _ in 0..6 {
+            cluster.switch_wal();
+        }
+        cluster.query("CHECKPOINT");
+        let status = cluster.query("SELECT wal_status FROM pg_replication_slots");
+        assert_eq!(status, "lost", "{major}");
+        let e = refusal(&cluster, &from(start, 1)).await;
+        let lost = matches!(e, ReplicationError::SlotInvalidated(_) | ReplicationError::SegmentRemoved(_));
+        assert!(lost && !e.is_retryable(), "{major}: {e:?}");
+    }
+}
