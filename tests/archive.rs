@@ -80,7 +80,7 @@ impl Running {
 }
 
 /// What is stored of a timeline, by segment.
-async fn stored(repository: &Repository, timeline: u32) -> BTreeMap<SegmentNo, Vec<u8>> {
+pub async fn stored(repository: &Repository, timeline: u32) -> BTreeMap<SegmentNo, Vec<u8>> {
     let known = identity::current(repository).await.expect("identity").expect("one");
     let timeline = TimelineId(timeline);
     let listing = catalogue::list_wal_timeline(repository, known.incarnation, timeline, SIZE).await.expect("list");
@@ -97,7 +97,7 @@ async fn stored(repository: &Repository, timeline: u32) -> BTreeMap<SegmentNo, V
 }
 
 /// Compares with the server's own files; returns how many bytes were compared.
-fn assert_equal_to_server(cluster: &Cluster, timeline: u32, stored: &BTreeMap<SegmentNo, Vec<u8>>) -> usize {
+pub fn assert_equal_to_server(cluster: &Cluster, timeline: u32, stored: &BTreeMap<SegmentNo, Vec<u8>>) -> usize {
     let mut compared = 0;
     for (segment, bytes) in stored {
         let name = pgrecall::pg::SegmentName::new(TimelineId(timeline), *segment, SIZE);
@@ -121,11 +121,11 @@ async fn assert_whole_segments_are_indexed(repository: &Repository, segments: &B
     }
 }
 
-fn keep(major: u16) -> Cluster {
+pub fn keep(major: u16) -> Cluster {
     Cluster::builder(major).setting("wal_keep_size", "1GB").start()
 }
 
-fn write(cluster: &Cluster, rows: u32) -> Lsn {
+pub fn write(cluster: &Cluster, rows: u32) -> Lsn {
     cluster.query(&format!(
         "CREATE TABLE IF NOT EXISTS t (i int, x text); \
          INSERT INTO t SELECT i, repeat(md5(i::text), 10) FROM generate_series(1, {rows}) i"

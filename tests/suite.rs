@@ -22,4 +22,5 @@ mod instance;
 mod recovery;
 mod replication;
 mod server_questions;
+mod store_faults;
 mod wal_oracle;

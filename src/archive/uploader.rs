@@ -138,7 +138,7 @@ impl Job {
                     return self.stored(key, begin.elapsed());
                 }
                 Err(error) => {
-                    let text = error.to_string();
+                    let text = error.hint().map_or(error.to_string(), |hint| format!("{error}; {hint}"));
                     if !failed {
                         tracing::warn!(lsn = %self.start_lsn, error = %text, "store WAL: failed, will go on trying");
                     }

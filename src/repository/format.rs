@@ -70,6 +70,14 @@ impl RepositoryError {
         matches!(self, RepositoryError::Store(e) if e.is_retryable())
     }
 
+    /// What a person can do about it.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            RepositoryError::Store(e) => e.hint(),
+            _ => None,
+        }
+    }
+
     /// Bytes in the store are not what they should be.
     pub fn is_corrupt(&self) -> bool {
         matches!(self, RepositoryError::Corrupt { .. } | RepositoryError::Malformed { .. })

@@ -253,6 +253,11 @@ fn classify(action: &'static str, key: &str, error: object_store::Error) -> Resu
     if matches!(error, object_store::Error::NotFound { .. }) {
         return Err(StoreError::NotFound { action, key });
     }
+    let passing = ["RequestTimeout", "IncompleteBody", "BadDigest"];
+    if reason.contains("400 Bad Request") && !passing.iter().any(|code| reason.contains(code)) {
+        let hint = "The store does not understand the request; where it does not take checksum headers, set `checksum = false`.";
+        return Err(StoreError::Refused { action, key, reason, hint });
+    }
     if denied || reason.contains("403 Forbidden") || reason.contains("401 Unauthorized") {
         let hint = "Check the credentials and what they may do with the bucket or directory.";
         return Err(StoreError::Refused { action, key, reason, hint });

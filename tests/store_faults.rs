@@ -1,0 +1,193 @@
+//! The archiver behind an evil store: what must be hidden is hidden, what a person must cure is named, nothing is lost.
+
+use std::time::Duration;
+
+use pgrecall::archive::{Settings, State};
+use pgrecall::pg::Lsn;
+use pgrecall::repository::location::{Credentials, Location, S3Location};
+use pgrecall::repository::store::{Store, StoreSettings};
+use pgrecall::repository::{Repository, identity};
+use pgrecall::util::secret::Secret;
+
+use crate::archive::{Running, assert_equal_to_server, keep, stored, write};
+use crate::common::NEWEST;
+use crate::common::minio::{Bucket, Minio};
+use crate::common::postgres::{Cluster, Stop};
+use crate::common::proxy::s3::{Fault, Rule, S3Proxy};
+use crate::replication::config;
+
+/// A bucket as the program reaches it.
+pub fn location(bucket: &Bucket) -> Location {
+    Location::S3(Box::new(S3Location {
+        bucket: bucket.name.clone(),
+        prefix: "backups".into(),
+        endpoint: Some(bucket.endpoint.clone()),
+        region: Some(bucket.region.clone()),
+        path_style: true,
+        allow_http: true,
+        ca_file: bucket.ca_file.clone(),
+        credentials: Some(Credentials {
+            access_key_id: bucket.access_key.clone(),
+            secret_access_key: Secret::new(bucket.secret_key.clone()),
+            session_token: None,
+        }),
+        checksum: true,
+    }))
+}
+
+async fn repository(bucket: &Bucket) -> Repository {
+    let settings = StoreSettings { attempt_timeout: Duration::from_secs(2), ..StoreSettings::default() };
+    let store = Store::open(&location(bucket), "shop", settings).expect("open");
+    Repository::open_or_create(store, 1, None).await.expect("open or create")
+}
+
+struct Scene {
+    cluster: Cluster,
+    proxy: S3Proxy,
+    repository: Repository,
+    running: Running,
+}
+
+impl Scene {
+    async fn new() -> Scene {
+        let proxy = S3Proxy::start(&Minio::shared());
+        let (cluster, repository) = (keep(NEWEST), repository(&proxy.bucket()).await);
+        let settings = Settings { coverage_interval: Duration::from_secs(1), ..Settings::default() };
+        let running = Running::start_with(&repository, config(&cluster), settings).await;
+        let end = write(&cluster, 10);
+        running.wait_stored(end).await;
+        Scene { cluster, proxy, repository, running }
+    }
+
+    /// Everything that was written so far is stored, and stored right.
+    async fn all_is_stored(&self, end: Lsn) {
+        self.running.wait_stored(end).await;
+        let compared = assert_equal_to_server(&self.cluster, 1, &stored(&self.repository, 1).await);
+        assert!(compared > 0);
+        assert_eq!(self.running.status.borrow().gaps_found, 0);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_store_does_on_bad_days_is_hidden() {
+    let scene = Scene::new().await;
+    let faults = [
+        Fault::Delay(Duration::from_millis(500)),
+        Fault::SlowDrip(40, Duration::from_millis(5)),
+        Fault::TOO_MANY,
+        Fault::SLOW_DOWN,
+        Fault::INTERNAL,
+        Fault::CutRequest,
+        Fault::CutReply,
+        Fault::CutBody,
+        Fault::Hang,
+        Fault::RefuseAfterDone(500, "InternalError"),
+        Fault::ErrorInOk,
+        Fault::CONDITION_FAILED,
+    ];
+    for fault in faults {
+        let name = format!("{fault:?}");
+        scene.proxy.add(Rule::new(fault).on("PUT").times(3));
+        write(&scene.cluster, 30_000);
+        scene.cluster.switch_wal();
+        let end = write(&scene.cluster, 100);
+        println!("{name}");
+        scene.all_is_stored(end).await;
+        scene.proxy.clear();
+    }
+    assert!(scene.proxy.faults() >= 12, "the faults happened");
+    scene.running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_person_must_cure_is_named_and_then_archiving_goes_on() {
+    let scene = Scene::new().await;
+    let faults = [
+        (Fault::SKEWED_CLOCK, "RequestTimeTooSkewed"),
+        (Fault::EXPIRED_TOKEN, "ExpiredToken"),
+        (Fault::RefuseChecksum, "set `checksum = false`"),
+        (Fault::DENIED, "AccessDenied"),
+        (Fault::NO_BUCKET, "NoSuchBucket"),
+    ];
+    for (fault, named) in faults {
+        scene.proxy.add(Rule::new(fault).on("PUT"));
+        let end = write(&scene.cluster, 1_000);
+        let what = format!("the state names {named}");
+        scene.running.wait(&what, |s| matches!(&s.state, State::StoreFailing(text) if text.contains(named))).await;
+        let reported = scene.running.status.borrow().stored.expect("streaming").end_lsn;
+        assert!(reported < end, "what is not stored is not reported");
+        scene.proxy.clear();
+        scene.all_is_stored(end).await;
+    }
+    scene.running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_write_that_the_store_lost_is_noticed_and_made_again() {
+    let scene = Scene::new().await;
+    scene.proxy.add(Rule::new(Fault::Lose).on("PUT").key(".wal").times(1));
+    write(&scene.cluster, 1_000);
+    scene.cluster.switch_wal();
+    let end = write(&scene.cluster, 100);
+    scene.all_is_stored(end).await;
+    assert_eq!(scene.proxy.faults(), 1);
+    let segments = stored(&scene.repository, 1).await;
+    assert!(segments.values().any(|b| b.len() == 16 << 20), "the segment is there");
+    scene.running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_stops_fast_although_the_store_is_down_and_nothing_is_lost() {
+    let mut scene = Scene::new().await;
+    scene.proxy.down(true);
+    let end = write(&scene.cluster, 1_000);
+    scene.running.wait("the store fails", |s| matches!(s.state, State::StoreFailing(_))).await;
+    let mut cluster = scene.cluster;
+    cluster = tokio::task::spawn_blocking(move || {
+        cluster.stop(Stop::Fast);
+        cluster
+    })
+    .await
+    .expect("it stops");
+    let reported = scene.running.status.borrow().stored.expect("streamed").end_lsn;
+    assert!(reported < end);
+    cluster.start();
+    scene.proxy.down(false);
+    scene.cluster = cluster;
+    let end = write(&scene.cluster, 100);
+    scene.all_is_stored(end).await;
+    scene.running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_is_away_for_a_while_leaves_the_wal_with_the_server() {
+    let scene = Scene::new().await;
+    scene.proxy.down(true);
+    let mut last = Lsn::ZERO;
+    for _ in 0..4 {
+        last = write(&scene.cluster, 40_000);
+        let reported = scene.running.status.borrow().stored.expect("streaming").end_lsn;
+        let slot = scene.cluster.lsn("SELECT restart_lsn FROM pg_replication_slots");
+        assert!(slot <= reported.saturating_add(1), "the slot {slot} is never ahead of what is stored, {reported}");
+    }
+    scene.proxy.down(false);
+    scene.all_is_stored(last).await;
+    scene.running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_commit_that_returned_in_synchronous_mode_is_in_the_store() {
+    let scene = Scene::new().await;
+    scene.cluster.query("ALTER SYSTEM SET synchronous_standby_names = 'archiver'");
+    scene.cluster.query("SELECT pg_reload_conf()");
+    scene.running.wait("it is synchronous", |s| s.synchronous).await;
+    for round in 0..20 {
+        let end =
+            scene.cluster.lsn(&format!("INSERT INTO t VALUES ({round}, 'x'); SELECT pg_current_wal_insert_lsn()"));
+        let stored = scene.cluster.lsn("SELECT flush_lsn FROM pg_stat_replication WHERE application_name = 'archiver'");
+        assert!(stored >= end, "{stored} is acknowledged, the commit ends at {end}");
+    }
+    let known = identity::current(&scene.repository).await.expect("identity").expect("one");
+    assert_eq!(known.identity.system_id.to_string(), scene.cluster.system_identifier());
+    scene.running.stop().await;
+}
