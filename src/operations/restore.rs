@@ -1,8 +1,8 @@
 //! A restore from its plan to a cluster that was looked at.
 //!
-//! Order: the programs of the right major are found; files and WAL are fetched ([`restore::run`]); the directory is made
-//! to recover to the exact stop; PostgreSQL is started isolated and followed there; the reached position is checked; then the
-//! directory belongs to whoever asked. Nothing here needs a daemon or the source.
+//! Order: the programs of the right major are found; files and WAL are fetched, and the directory is made to recover to the
+//! exact stop before a server could start on it ([`crate::restore::run`]); PostgreSQL is started isolated and followed there;
+//! the reached position is checked; then the directory belongs to whoever asked. Nothing here needs a daemon or the source.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::restore::acceptance::{self, Accepted, Amcheck, Full};
 use crate::restore::drive::{Drive, DriveError, Driven, drive};
 use crate::restore::fetch::Progress;
 use crate::restore::follow;
-use crate::restore::recovery::{Configuration, Finish, Prepared, Recovery, WalSource, forget_recovery, prepare};
+use crate::restore::recovery::{Configuration, Finish, Prepared, Recovery, WalSource, forget_recovery};
 use crate::restore::run::{Restored, run};
 use crate::restore::spool::Prefetcher;
 use crate::restore::target::{TablespacePlaces, hand_over, remove_folder};
@@ -101,7 +101,12 @@ pub async fn execute(
     cancel: CancellationToken,
 ) -> Result<RestoreReport, Failure> {
     let installation = if request.no_start { None } else { Some(find_programs(&plan, request)?) };
-    let options = RestoreOptions { tablespaces: request.tablespaces.clone(), no_start: request.no_start };
+    let recovery = recovery_of(&plan, request);
+    let options = RestoreOptions {
+        tablespaces: request.tablespaces.clone(),
+        no_start: request.no_start,
+        recovery: Some(recovery.clone()),
+    };
     let progress = Arc::new(Progress::default());
     observer.fetching(&plan, progress.clone());
     let restored = tokio::select! {
@@ -109,9 +114,9 @@ pub async fn execute(
         () = cancel.cancelled() => return Err(cancelled()),
         restored = run(repository, plan, &request.into, &options, progress) => restored?,
     };
-    let recovery = recovery_of(&restored.plan, request);
     let directory = restored.target.root().to_path_buf();
-    let mut prepared = prepare(&directory, &recovery).map_err(|e| failure("prepare the recovery", &e))?;
+    let not_prepared = || Failure::new(Code::Internal, "the restored directory was not prepared for recovery");
+    let mut prepared = restored.prepared.clone().ok_or_else(not_prepared)?;
     match installation {
         None => Ok(report_unstarted(&restored.plan, &directory, &prepared)),
         Some(installation) => {
@@ -291,8 +296,10 @@ fn note_full(report: &mut RestoreReport, full: &Full) {
         report.remarks.push("the cluster has no data checksums: only the form of its pages was checked".to_owned());
     }
     if full.pages.bad_page_count > 0 {
-        report.remarks.push(format!("{} pages are damaged, as they were in the backup", full.pages.bad_page_count));
+        report.remarks.push(format!("{} pages are damaged", full.pages.bad_page_count));
     }
+    let named = full.pages.bad_pages.iter().map(|page| format!("{} block {}: {}", page.file, page.block, page.problem));
+    report.remarks.extend(named);
     for (database, result) in &full.amcheck {
         match result {
             Amcheck::Clean => {}

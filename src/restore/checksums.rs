@@ -51,6 +51,18 @@ pub enum Problem {
     },
 }
 
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Problem::Checksum { stored, computed } => {
+                write!(f, "the page carries the checksum {stored:04X}, its content has {computed:04X}")
+            }
+            Problem::Header => f.write_str("the page header is impossible"),
+            Problem::Torn { bytes } => write!(f, "the file ends after {bytes} bytes of the page"),
+        }
+    }
+}
+
 /// Bad pages that are named; more are only counted.
 const NAMED_MAX: usize = 100;
 

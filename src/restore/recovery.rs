@@ -94,10 +94,15 @@ const LEFTOVERS: [&str; 4] = ["postmaster.pid", "postmaster.opts", "standby.sign
 /// When it is not the directory of a base backup of a supported major that begins before the target, when a server runs
 /// on it, or when it cannot be written. Nothing is written before everything is checked.
 pub fn prepare(data_directory: &Path, recovery: &Recovery) -> anyhow::Result<Prepared> {
+    prepare_with(data_directory, read_control(data_directory)?, recovery)
+}
+
+/// [`prepare`] for a directory whose `pg_control` does not have its name yet: no server can be started on it before it is
+/// prepared.
+pub fn prepare_with(data_directory: &Path, control: ControlFile, recovery: &Recovery) -> anyhow::Result<Prepared> {
     if let Some(running) = Postmaster::find(data_directory)? {
         bail!("a server runs on {} (pid {})", data_directory.display(), running.pid);
     }
-    let control = read_control(data_directory)?;
     let major = control.major().with_context(|| {
         format!("the catalogue version {} belongs to no release of PostgreSQL 14 to 18", control.catalog_version)
     })?;
@@ -170,8 +175,12 @@ fn close_to_others(data_directory: &Path) -> anyhow::Result<()> {
 
 /// Reads and checks `global/pg_control`.
 pub fn read_control(data_directory: &Path) -> anyhow::Result<ControlFile> {
-    let path = data_directory.join("global/pg_control");
-    let bytes = fs::read(&path).with_context(|| format!("read {}", path.display()))?;
+    read_control_at(&data_directory.join("global/pg_control"))
+}
+
+/// Reads and checks a control file under another name.
+pub fn read_control_at(path: &Path) -> anyhow::Result<ControlFile> {
+    let bytes = fs::read(path).with_context(|| format!("read {}", path.display()))?;
     ControlFile::decode(&bytes).with_context(|| format!("decode {}", path.display()))
 }
 

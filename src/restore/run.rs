@@ -1,7 +1,7 @@
 //! Executes a plan into a directory, up to the point where PostgreSQL can be started on it.
 //!
-//! Order: check everything → marker → files and WAL → tablespaces → sync → `global/pg_control` gets its name → marker says
-//! `replaying` or `handed-over`. A kill at any point leaves a directory on which no server starts, and which the same
+//! Order: check everything → marker → files and WAL → tablespaces → recovery settings → sync → `global/pg_control` gets its
+//! name → marker says `replaying` or `handed-over`. A kill at any point leaves a directory on which no server starts, and which the same
 //! command may begin anew.
 
 use std::path::{Path, PathBuf};
@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering;
 
 use super::fetch::{Fetch, Progress};
 use super::plan::{Plan, PlanError};
+use super::recovery::{self, Prepared, Recovery};
 use super::spool;
 use super::target::{Phase, TablespacePlaces, TargetDirectory, TargetError};
 use super::wal::{self, SegmentFetcher};
@@ -23,6 +24,8 @@ pub struct RestoreOptions {
     pub tablespaces: TablespacePlaces,
     /// Nobody will start PostgreSQL now: the directory belongs to the caller afterwards and is never wiped again.
     pub no_start: bool,
+    /// How the directory will recover; without it the directory is not prepared for that.
+    pub recovery: Option<Recovery>,
 }
 
 /// Why a restore did not work.
@@ -42,6 +45,8 @@ pub enum RestoreError {
     Planned(String),
     #[error("backup {backup} does not exist any more")]
     BackupGone { backup: String },
+    #[error("prepare the restored directory for recovery: {0:#}")]
+    Prepare(anyhow::Error),
 }
 
 impl RestoreError {
@@ -62,6 +67,7 @@ impl From<RestoreError> for Failure {
             RestoreError::Plan(_) => Failure::new(Code::UnreachableTarget, message),
             RestoreError::Extent(_) => Failure::new(Code::Corrupt, message),
             RestoreError::Planned(_) => Failure::new(Code::Usage, message).hint("Make the plan anew."),
+            RestoreError::Prepare(_) => Failure::new(Code::Host, message),
             RestoreError::BackupGone { .. } => Failure::new(Code::NotFound, message).hint("Make the plan anew."),
         }
     }
@@ -85,6 +91,8 @@ fn repository_failure(error: &RepositoryError, message: String) -> Failure {
 pub struct Restored {
     pub target: TargetDirectory,
     pub plan: Plan,
+    /// When the directory was prepared for recovery.
+    pub prepared: Option<Prepared>,
 }
 
 /// Checks what can be checked without fetching: directories, disk space, tablespaces.
@@ -115,22 +123,29 @@ pub async fn run(
     let fetcher = SegmentFetcher::new(repository, incarnation, plan.segment_size);
     let done = || progress.segments.fetch_add(1, Ordering::Relaxed);
     wal::preload(&fetcher, &plan, &target.pg_wal(), || _ = done()).await?;
-    let (finished, no_start) = (target.clone(), options.no_start);
-    let plan = blocking(move || {
+    let (finished, no_start, recovery) = (target.clone(), options.no_start, options.recovery.clone());
+    let (plan, prepared) = blocking(move || {
         finished.rewrite_tablespace_map()?;
         spool::write_state(&finished.folder(), &plan)?;
+        let prepared = recovery.map(|recovery| prepare(&finished, &recovery)).transpose()?;
         finished.sync()?;
         write::name_control_file(&finished)?;
         finished.write_state(&plan, if no_start { Phase::HandedOver } else { Phase::Replaying })?;
-        Ok(plan)
+        Ok((plan, prepared))
     })
     .await?;
-    Ok(Restored { target, plan })
+    Ok(Restored { target, plan, prepared })
+}
+
+/// Before `pg_control` has its name, so that no server is ever started here that would recover to another point.
+fn prepare(target: &TargetDirectory, recovery: &Recovery) -> Result<Prepared, RestoreError> {
+    let control = recovery::read_control_at(&write::unnamed_control_file(target)?);
+    control.and_then(|control| recovery::prepare_with(target.root(), control, recovery)).map_err(RestoreError::Prepare)
 }
 
 async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, TargetError> + Send + 'static,
+    work: impl FnOnce() -> Result<T, RestoreError> + Send + 'static,
 ) -> Result<T, RestoreError> {
     let done = tokio::task::spawn_blocking(work).await;
-    Ok(done.map_err(|_| RepositoryError::Stopping)??)
+    done.map_err(|_| RepositoryError::Stopping)?
 }

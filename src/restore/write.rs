@@ -77,6 +77,11 @@ impl NewFile {
     }
 }
 
+/// Where `global/pg_control` is until it gets its name.
+pub fn unnamed_control_file(target: &TargetDirectory) -> Result<PathBuf, TargetError> {
+    Ok(temporary(&target.resolve(CONTROL_FILE)?))
+}
+
 /// Gives `global/pg_control` its name: the last step before a server may be started.
 pub fn name_control_file(target: &TargetDirectory) -> Result<(), TargetError> {
     let path = target.resolve(CONTROL_FILE)?;
