@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::common::guard::Directory;
 use crate::common::postgres::{Cluster, Stop};
+use crate::common::proxy::tcp::TcpProxy;
 use crate::common::{MAJORS, NEWEST, wait};
 use crate::replication::config;
 
@@ -272,5 +273,43 @@ async fn another_cluster_cannot_write_into_the_repository() {
     let running = Running::start(&other, &repository).await;
     let status = running.wait("conflict", |s| matches!(s.state, State::Conflict(_))).await;
     assert!(format!("{:?}", status.state).contains("system identifier"), "{:?}", status.state);
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_archiver_waits_names_the_holder_and_takes_over_when_it_is_gone() {
+    let (cluster, dir) = (keep(NEWEST), Directory::new("archive"));
+    let repository = repository(dir.path()).await;
+    let first = Running::start(&cluster, &repository).await;
+    let end = write(&cluster, 100);
+    first.wait_stored(end).await;
+    let second = Running::start(&cluster, &repository).await;
+    let waiting = second.wait("it waits", |s| matches!(s.state, State::Waiting(_))).await;
+    let holder = format!("process {}", std::process::id());
+    assert!(format!("{:?}", waiting.state).contains(&holder), "{:?}", waiting.state);
+    let end = write(&cluster, 100);
+    first.wait_stored(end).await;
+    first.stop().await;
+    let end = write(&cluster, 100);
+    second.wait_stored(end).await;
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cut_connection_is_made_again_without_loss() {
+    let (cluster, dir) = (keep(NEWEST), Directory::new("archive"));
+    let repository = repository(dir.path()).await;
+    let proxy = TcpProxy::start(&cluster);
+    let mut connect = config(&cluster);
+    let text = format!("{} application_name=archiver", proxy.conninfo());
+    connect.hosts = text.parse::<pgrecall::replication::ConnectConfig>().expect("a connection string").hosts;
+    let running = Running::start_with(&repository, connect, Settings::default()).await;
+    let end = write(&cluster, 100);
+    running.wait_stored(end).await;
+    let before = cluster.query("SELECT active_pid FROM pg_replication_slots");
+    proxy.cut();
+    let end = write(&cluster, 100);
+    running.wait_stored(end).await;
+    assert_ne!(before, cluster.query("SELECT active_pid FROM pg_replication_slots"));
     running.stop().await;
 }

@@ -15,6 +15,7 @@ use super::indexing;
 use super::observer::{Asking, Observer};
 use super::resume::{self, Conflict, Resume, ServerPosition};
 use super::settings::Settings;
+use super::slot;
 use super::status::{ArchiveStatus, State};
 use super::stream::{Ended, Stream, StreamContext};
 use super::tidy;
@@ -25,7 +26,6 @@ use crate::replication::session::SystemIdentity;
 use crate::replication::{ConnectConfig, ReplicationError, Session, StartReplication};
 use crate::repository::catalogue::{self, Gap};
 use crate::repository::codec::Kind;
-use crate::repository::generation::{self, Connection};
 use crate::repository::identity::{self, Identity};
 use crate::repository::layout::ContentHash;
 use crate::repository::{Generation, Key, Repository};
@@ -248,10 +248,7 @@ impl Archiver {
         let Server { session, host_index, name, .. } = server;
         *connections += 1;
         let backend_pid = session.backend_pid();
-        let record = Connection { server: name.clone(), backend_pid, opened_at: clock::now().into() };
-        generation::record_connection(&self.repository, self.generation, *connections, &record)
-            .await
-            .context("record the connection")?;
+        slot::record(self, *connections, host_index, backend_pid).await.context("record the connection")?;
         let (timeline, start_lsn) = (resume.timeline, resume.start_lsn);
         let from = StartReplication { slot: Some(self.settings.slot.clone()), start_lsn, timeline };
         let stream = match session.start_replication(&from).await {
@@ -309,7 +306,10 @@ impl Archiver {
     ) -> anyhow::Result<Attempt> {
         match error {
             ReplicationError::SlotInUse { holder_pid, message } => {
-                let holder = self.slot_holder(holder_pid, host_index).await;
+                let holder = match holder_pid {
+                    Some(pid) => slot::ask_holder(self, pid, host_index).await,
+                    None => None,
+                };
                 Ok(Attempt::Again(State::Waiting(holder.unwrap_or_else(|| message.to_string()))))
             }
             ReplicationError::SegmentRemoved(_) | ReplicationError::SlotInvalidated(_) => {
@@ -320,15 +320,6 @@ impl Archiver {
             }
             other => Err(other.into()),
         }
-    }
-
-    /// Says who holds the slot.
-    async fn slot_holder(&self, pid: Option<i32>, host_index: usize) -> Option<String> {
-        let (pid, host) = (pid?, self.connect.hosts.get(host_index)?.to_string());
-        let owner = generation::owner_of(&self.repository, &host, pid).await.ok()??;
-        let (generation, lease, connection) = owner;
-        let (daemon, since) = (lease.pid, connection.opened_at);
-        Some(format!("the slot is held by generation {generation} (process {daemon} on {}, since {since})", lease.host))
     }
 
     /// The byte that we lack is gone from this server: believed after a fresh listing that still lacks it.

@@ -13,6 +13,7 @@ pub mod pacing;
 pub mod progress;
 pub mod resume;
 pub mod settings;
+mod slot;
 pub mod status;
 mod stream;
 pub mod tidy;

@@ -25,6 +25,8 @@ pub struct Connection {
     /// Host and port, or socket directory and port, as configured.
     pub server: String,
     pub backend_pid: i32,
+    /// When the server says that it began, where it can be asked: it uses process ids again.
+    pub backend_started_at: Option<Timestamp>,
     pub opened_at: Timestamp,
 }
 

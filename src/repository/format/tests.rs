@@ -65,7 +65,12 @@ async fn generations_and_incarnations_follow_each_other() {
     let second = generation::take(&repository, &lease).await.expect("second");
     assert_eq!((first.ordinal, second.ordinal), (1, 2));
     assert!(generation::is_superseded(&repository, first).await.expect("list"));
-    let connection = generation::Connection { server: "/run/pg:5432".into(), backend_pid: 42, opened_at: Timestamp(0) };
+    let connection = generation::Connection {
+        server: "/run/pg:5432".into(),
+        backend_pid: 42,
+        backend_started_at: None,
+        opened_at: Timestamp(0),
+    };
     generation::record_connection(&repository, second, 1, &connection).await.expect("record");
     let owner = generation::owner_of(&repository, "/run/pg:5432", 42).await.expect("list").expect("known");
     assert_eq!(owner.0, second);
