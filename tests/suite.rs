@@ -17,6 +17,7 @@ mod archive;
 mod authentication;
 mod base_backup;
 mod cli;
+mod daemon;
 mod harness;
 mod instance;
 mod recovery;

@@ -5,6 +5,7 @@
 
 mod backups;
 mod config_check;
+mod daemon;
 mod incarnation;
 mod output;
 mod server;
@@ -40,6 +41,8 @@ pub struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Archive every configured environment, in the foreground, until told to stop
+    Daemon,
     /// Say to which moment each environment can be restored now, and what stands in the way
     Status(status::Arguments),
     /// List the backups of an environment
@@ -87,9 +90,12 @@ pub fn run(arguments: Arguments) -> ExitCode {
 }
 
 fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
-    // A command run by hand speaks through its output; its log is for what nobody asked for.
-    telemetry::start(&telemetry::Settings { level: "warn".to_owned(), ..telemetry::Settings::default() });
+    if !matches!(verb, Verb::Daemon) {
+        // A command run by hand speaks through its output; its log is for what nobody asked for.
+        telemetry::start(&telemetry::Settings { level: "warn".to_owned(), ..telemetry::Settings::default() });
+    }
     match verb {
+        Verb::Daemon => block_on(daemon::run(context)),
         Verb::Config(ConfigVerb::Check) => config_check::run(context),
         Verb::Status(arguments) => block_on(until_interrupted(status::run(context, arguments))),
         Verb::Slot(verb) => block_on(until_interrupted(slot::run(context, verb))),

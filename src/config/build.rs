@@ -1,9 +1,11 @@
 //! From an environment's table to the settings of the services.
 
 use std::path::Path;
+use std::time::Duration;
 
 use super::environment::{Environment, Location};
 use super::secret_ref::{SecretError, SecretRef};
+use crate::archive;
 use crate::error::{Code, Failure};
 use crate::replication::ConnectConfig;
 use crate::repository::crypto::MasterKey;
@@ -113,6 +115,18 @@ impl Environment {
         let password = postgres.password.as_ref().map(SecretRef::load).transpose();
         let password = password.map_err(|error| self.secret_failure(&error))?;
         Ok(ConnectConfig { password, ..postgres.connect.clone() })
+    }
+
+    /// The settings of the archiver.
+    pub fn archive_settings(&self, shutdown_grace: Duration) -> archive::Settings {
+        archive::Settings {
+            slot: self.postgres.as_ref().map_or_else(|| self.name.default_slot(), |postgres| postgres.slot.clone()),
+            rpo: self.archive.rpo,
+            puts_in_flight: usize::try_from(self.archive.puts_in_flight).unwrap_or(1),
+            buffer_bytes_max: self.archive.buffer_bytes_max,
+            shutdown_grace,
+            ..archive::Settings::default()
+        }
     }
 
     fn secret_failure(&self, error: &SecretError) -> Failure {

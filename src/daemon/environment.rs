@@ -1,0 +1,132 @@
+//! What the service does for one environment: archive its WAL, and take the backups that are asked for or due.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tracing::{Instrument, Span, info};
+
+use super::snapshot::{ArchiveSnapshot, EnvironmentSnapshot, State};
+use super::supervisor::{Body, BodyContext};
+use crate::archive::{self, ArchiveStatus, Archiver};
+use crate::config::Environment;
+use crate::error::{Code, Failure};
+use crate::repository::generation::{self, Lease};
+use crate::repository::{Generation, Repository};
+use crate::util::clock;
+
+/// Complete units that wait for their index; each holds up to 64 MiB, so one is enough to overlap the work.
+const UNITS_MAX: usize = 1;
+
+/// One environment with a cluster.
+pub struct EnvironmentBody {
+    pub environment: Environment,
+    pub shutdown_grace: Duration,
+}
+
+/// The archiver's task; dropping this ends it.
+struct Archiving {
+    task: JoinHandle<()>,
+    status: watch::Receiver<ArchiveStatus>,
+}
+
+impl Drop for Archiving {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+#[async_trait]
+impl Body for EnvironmentBody {
+    async fn run(&self, mut context: BodyContext) -> Result<(), Failure> {
+        context.snapshot.send_modify(|snapshot| {
+            let detail = format!("opening the repository {}", self.environment.location);
+            snapshot.enter(State::Starting, Some(detail), clock::now().into());
+        });
+        let repository = self.environment.open_or_create_repository().await?;
+        let generation = take_generation(&repository).await?;
+        info!(repository = repository.store().place(), %generation, "repository open");
+        let mut archiving = self.start_archiving(&repository, generation, &context)?;
+        loop {
+            tokio::select! {
+                // Ends by itself after `cancel`, when the tail is stored.
+                ended = &mut archiving.task => return match ended {
+                    Ok(()) if context.cancel.is_cancelled() => Ok(()),
+                    Ok(()) => Err(Failure::new(Code::Internal, "archive WAL: the archiver ended by itself")),
+                    Err(error) => Err(Failure::new(Code::Internal, format!("archive WAL: {error}"))),
+                },
+                Ok(()) = archiving.status.changed() => {
+                    let status = archiving.status.borrow_and_update().clone();
+                    context.snapshot.send_modify(|snapshot| describe(snapshot, &status));
+                }
+                Some(request) = context.requests.recv() => {
+                    request.refuse(Failure::new(Code::Internal, "take a backup: this version cannot do it yet"));
+                }
+            }
+        }
+    }
+}
+
+impl EnvironmentBody {
+    fn start_archiving(
+        &self,
+        repository: &Repository,
+        generation: Generation,
+        context: &BodyContext,
+    ) -> Result<Archiving, Failure> {
+        let (status, watched) = watch::channel(ArchiveStatus::default());
+        // Nobody makes an index yet: with the receiver gone, units are dropped and the index is made from the store.
+        let (units, _) = mpsc::channel(UNITS_MAX);
+        let archiver = Archiver {
+            settings: self.environment.archive_settings(self.shutdown_grace),
+            connect: self.environment.connect()?,
+            repository: repository.clone(),
+            generation,
+            status,
+            units,
+        };
+        let task = tokio::spawn(archiver.run(context.cancel.clone()).instrument(Span::current()));
+        Ok(Archiving { task, status: watched })
+    }
+}
+
+async fn take_generation(repository: &Repository) -> Result<Generation, Failure> {
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let lease = Lease {
+        host,
+        pid: std::process::id(),
+        started_at: clock::now().into(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    };
+    Ok(generation::take(repository, &lease).await?)
+}
+
+/// What the archiver says of itself, in the words of the service.
+fn describe(snapshot: &mut EnvironmentSnapshot, status: &ArchiveStatus) {
+    use archive::State as Archive;
+    let (state, detail) = match &status.state {
+        Archive::Starting => (State::Starting, None),
+        Archive::Streaming => (State::Streaming, None),
+        Archive::StoreFailing(why) => (State::Waiting, Some(format!("the store takes nothing: {why}"))),
+        Archive::Disconnected(why) => (State::Waiting, Some(format!("no connection to the server: {why}"))),
+        Archive::Waiting(why) => (State::Waiting, Some(why.clone())),
+        Archive::Conflict(why) => {
+            let way_out = format!("`pgrecall incarnation open {0} --confirm {0}` goes on", snapshot.name);
+            (State::Conflict, Some(format!("{why}; {way_out} with the server as it is, and keeps the old past")))
+        }
+        Archive::Stopped => (State::Stopped, None),
+    };
+    if state == State::Streaming {
+        snapshot.failure = None;
+    }
+    snapshot.enter(state, detail, clock::now().into());
+    snapshot.archive = status.timeline.map(|timeline| ArchiveSnapshot {
+        timeline,
+        server_lsn: None,
+        received_lsn: status.received_lsn,
+        stored_lsn: status.stored.map_or(crate::pg::Lsn::ZERO, |stream| stream.end_lsn),
+        covered_until: status.covered_until,
+        gaps: u64::from(status.gaps_found),
+    });
+}
