@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{Instrument, Span, info};
 
@@ -15,9 +15,6 @@ use crate::error::{Code, Failure};
 use crate::repository::generation::{self, Lease};
 use crate::repository::{Generation, Repository};
 use crate::util::clock;
-
-/// Complete units that wait for their index; each holds up to 64 MiB, so one is enough to overlap the work.
-const UNITS_MAX: usize = 1;
 
 /// One environment with a cluster.
 pub struct EnvironmentBody {
@@ -76,15 +73,12 @@ impl EnvironmentBody {
         context: &BodyContext,
     ) -> Result<Archiving, Failure> {
         let (status, watched) = watch::channel(ArchiveStatus::default());
-        // Nobody makes an index yet: with the receiver gone, units are dropped and the index is made from the store.
-        let (units, _) = mpsc::channel(UNITS_MAX);
         let archiver = Archiver {
             settings: self.environment.archive_settings(self.shutdown_grace),
             connect: self.environment.connect()?,
             repository: repository.clone(),
             generation,
             status,
-            units,
         };
         let task = tokio::spawn(archiver.run(context.cancel.clone()).instrument(Span::current()));
         Ok(Archiving { task, status: watched })
