@@ -59,7 +59,7 @@ impl Source {
         postgres::copy(self.backup.path(), &data);
         self.cluster.switch_wal();
         take_wal(&self.cluster, &data.join("pg_wal"));
-        Restored { installation: installation(self.cluster.major()), dir, data }
+        Restored { installation: installation(self.cluster.major()), dir, data, user: "postgres" }
     }
 }
 
@@ -74,6 +74,8 @@ struct Restored {
     installation: Installation,
     dir: Directory,
     data: PathBuf,
+    /// As whom it is to be reached.
+    user: &'static str,
 }
 
 impl Drop for Restored {
@@ -100,7 +102,7 @@ impl Restored {
             installation: &self.installation,
             recovery,
             log_file: self.log(),
-            user: "postgres",
+            user: self.user,
             stall_limit: Duration::from_secs(60),
             cancel: CancellationToken::new(),
         };
@@ -329,6 +331,17 @@ async fn with_the_source_s_configuration_the_copy_is_isolated_only_while_we_run_
     assert_eq!(adopted.query("SHOW work_mem"), "7MB");
     assert_eq!(adopted.query("SHOW max_logical_replication_workers"), "4");
     assert_eq!(adopted.query("SHOW recovery_target_lsn"), "");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_whose_superuser_has_another_name_is_reached() {
+    for major in MAJORS {
+        let (source, commits) = five_commits(major);
+        let mut restored = source.restore();
+        restored.user = "somebody";
+        let (_, driven, _) = restored.reach(&recovery(1, commits[4], true, Finish::Pause)).await;
+        assert_eq!(driven.address.user, "postgres", "{major}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

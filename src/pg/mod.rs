@@ -9,6 +9,7 @@ pub mod identity;
 pub mod lsn;
 pub mod page;
 pub mod relation;
+pub mod roles;
 pub mod segment;
 pub mod tablespace_map;
 pub mod time;

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::follow::{Progress, Stop};
 use super::recovery::{self, Finish, Prepared, Recovery};
+use super::roles::known_role;
 use crate::instance::{Address, Installation, Server, Session, Start, Target};
 use crate::pg::{Lsn, TimelineId};
 
@@ -20,7 +21,7 @@ pub struct Drive<'a> {
     pub recovery: &'a Recovery,
     /// The server's own log.
     pub log_file: PathBuf,
-    /// A superuser of the cluster.
+    /// A superuser of the cluster; when it has no such role, another one is found.
     pub user: &'a str,
     /// So long replay may make no progress at all.
     pub stall_limit: Duration,
@@ -91,6 +92,10 @@ pub async fn drive(
         match result {
             Ok(End::Reached(stop)) => {
                 let running = server.exit_status()?.is_none();
+                let address = match running {
+                    true => known_role(&address, MAINTENANCE, &prepared.data_directory).await.unwrap_or(address),
+                    false => address,
+                };
                 return Ok(Driven {
                     server: running.then_some(server),
                     address,
@@ -127,6 +132,7 @@ struct Attempt<'a> {
     server: Server,
     address: Address,
     progress: Progress,
+    data_directory: PathBuf,
     session: Option<Session>,
     last_ask: Option<Instant>,
 }
@@ -144,7 +150,8 @@ impl<'a> Attempt<'a> {
             port: prepared.port,
             user: drive.user.to_owned(),
         };
-        Ok(Attempt { drive, server, address, progress, session: None, last_ask: None })
+        let data_directory = prepared.data_directory.clone();
+        Ok(Attempt { drive, server, address, progress, data_directory, session: None, last_ask: None })
     }
 
     async fn follow(&mut self, report: &mut impl FnMut(&Progress)) -> Result<End, DriveError> {
@@ -231,6 +238,8 @@ impl<'a> Attempt<'a> {
 
     async fn replayed(&mut self) -> anyhow::Result<Option<Lsn>> {
         if self.session.is_none() {
+            let known = known_role(&self.address, MAINTENANCE, &self.data_directory).await;
+            self.address = known.context("no role of the cluster gets a session")?;
             self.session = Some(Session::open(&self.address, MAINTENANCE, ASK * 10).await?);
         }
         let session = self.session.as_ref().context("opened above")?;

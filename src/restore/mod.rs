@@ -20,6 +20,7 @@ pub mod follow;
 pub mod gather;
 pub mod plan;
 pub mod recovery;
+pub mod roles;
 pub mod run;
 pub mod spool;
 pub mod target;
