@@ -23,6 +23,7 @@ pub mod recovery;
 pub mod roles;
 pub mod run;
 pub mod spool;
+pub mod surroundings;
 pub mod target;
 pub mod wal;
 pub mod wal_get;

@@ -10,12 +10,14 @@ use std::sync::atomic::Ordering;
 
 use super::fetch::{Fetch, Progress};
 use super::plan::{Plan, PlanError};
-use super::recovery::{self, Prepared, Recovery};
+use super::recovery::{self, Configuration, Prepared, Recovery};
 use super::spool;
+use super::surroundings;
 use super::target::{Phase, TablespacePlaces, TargetDirectory, TargetError};
 use super::wal::{self, SegmentFetcher};
 use super::write;
 use crate::error::{Code, Failure};
+use crate::repository::backup_object::ConfigFile;
 use crate::repository::{Repository, RepositoryError, catalogue};
 
 /// How a plan is executed.
@@ -123,11 +125,12 @@ pub async fn run(
     let fetcher = SegmentFetcher::new(repository, incarnation, plan.segment_size);
     let done = || progress.segments.fetch_add(1, Ordering::Relaxed);
     wal::preload(&fetcher, &plan, &target.pg_wal(), || _ = done()).await?;
+    let config_files = commit.surroundings.config_files;
     let (finished, no_start, recovery) = (target.clone(), options.no_start, options.recovery.clone());
     let (plan, prepared) = blocking(move || {
         finished.rewrite_tablespace_map()?;
         spool::write_state(&finished.folder(), &plan)?;
-        let prepared = recovery.map(|recovery| prepare(&finished, &recovery)).transpose()?;
+        let prepared = recovery.map(|recovery| prepare(&finished, &recovery, &config_files)).transpose()?;
         finished.sync()?;
         write::name_control_file(&finished)?;
         finished.write_state(&plan, if no_start { Phase::HandedOver } else { Phase::Replaying })?;
@@ -138,9 +141,19 @@ pub async fn run(
 }
 
 /// Before `pg_control` has its name, so that no server is ever started here that would recover to another point.
-fn prepare(target: &TargetDirectory, recovery: &Recovery) -> Result<Prepared, RestoreError> {
-    let control = recovery::read_control_at(&write::unnamed_control_file(target)?);
-    control.and_then(|control| recovery::prepare_with(target.root(), control, recovery)).map_err(RestoreError::Prepare)
+fn prepare(
+    target: &TargetDirectory,
+    recovery: &Recovery,
+    config_files: &[ConfigFile],
+) -> Result<Prepared, RestoreError> {
+    let path = write::unnamed_control_file(target)?;
+    let prepare = || {
+        if recovery.configuration == Configuration::Source {
+            surroundings::place(config_files, target.root())?;
+        }
+        recovery::prepare_with(target.root(), recovery::read_control_at(&path)?, recovery)
+    };
+    prepare().map_err(RestoreError::Prepare)
 }
 
 async fn blocking<T: Send + 'static>(
