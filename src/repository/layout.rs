@@ -197,6 +197,10 @@ pub mod prefix {
         format!("{incarnation}/index/{}", timeline.hex())
     }
 
+    pub fn coverage(incarnation: Incarnation) -> String {
+        format!("{incarnation}/coverage")
+    }
+
     pub fn coverage_timeline(incarnation: Incarnation, timeline: TimelineId) -> String {
         format!("{incarnation}/coverage/{}", timeline.hex())
     }

@@ -10,6 +10,7 @@ pub mod format;
 pub mod generation;
 pub mod identity;
 pub mod index;
+pub mod inspect;
 pub mod layout;
 pub mod location;
 pub mod pack;
@@ -17,6 +18,9 @@ pub mod segment;
 pub mod store;
 pub mod tables;
 pub mod wal_object;
+
+#[cfg(test)]
+pub mod testing;
 
 pub use format::{Repository, RepositoryError};
 pub use layout::{BackupId, Generation, Incarnation, Key};

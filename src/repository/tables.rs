@@ -41,6 +41,8 @@ pub struct TableReader {
     packs: Packs,
     rows: std::vec::IntoIter<FileEntry>,
     last_path: String,
+    files: u64,
+    files_listed: u64,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -55,6 +57,7 @@ impl TableReader {
     pub fn new(repository: &Repository, incarnation: Incarnation, tables: TablePacks) -> Self {
         let (send, receive) = mpsc::channel(TABLES_AHEAD);
         let reader = repository.clone();
+        let files_listed = tables.tables.iter().map(|t| t.files).sum();
         let task = tokio::spawn(async move {
             let packs = share(tables.packs);
             for table in tables.tables {
@@ -72,6 +75,8 @@ impl TableReader {
             packs: share(Vec::new()),
             rows: Vec::new().into_iter(),
             last_path: String::new(),
+            files: 0,
+            files_listed,
             task,
         }
     }
@@ -85,10 +90,15 @@ impl TableReader {
                     return Err(RepositoryError::Malformed { key: "file table".into(), reason });
                 }
                 self.last_path.clone_from(&entry.path);
+                self.files += 1;
                 return Ok(Some(TableFile { entry, packs: self.packs.clone() }));
             }
             match self.tables.recv().await {
-                None => return Ok(None),
+                None if self.files == self.files_listed => return Ok(None),
+                None => {
+                    let reason = format!("there are {} files, {} were announced", self.files, self.files_listed);
+                    return Err(RepositoryError::Malformed { key: "file tables".into(), reason });
+                }
                 Some(table) => {
                     let table = table?;
                     self.packs = share(table.packs);

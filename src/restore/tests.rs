@@ -10,6 +10,7 @@ use super::{run, spool, wal};
 use crate::pg::Lsn;
 use crate::repository::crypto::MasterKey;
 use crate::repository::layout::Key;
+use crate::repository::testing::*;
 
 async fn check_round_trip(master: Option<&MasterKey>) {
     let world = World::with_backup(master).await;
