@@ -1,7 +1,8 @@
 use std::process::ExitCode;
 
-use clap::Parser as _;
-
 fn main() -> ExitCode {
-    pgrecall::cli::run(pgrecall::cli::Arguments::parse())
+    match pgrecall::cli::parse() {
+        Ok(arguments) => pgrecall::cli::run(arguments),
+        Err(status) => status,
+    }
 }

@@ -126,3 +126,13 @@ fn a_slot_is_dropped_once_and_an_incarnation_needs_a_confirmation() {
     let empty = pgrecall(&["--config", &config, "incarnation", "open", "shop", "--confirm", "shop"]);
     assert_eq!(empty.status.code(), Some(10), "{}", text(&empty.stderr));
 }
+
+#[test]
+fn wal_get_never_says_by_mistake_that_a_file_does_not_exist() {
+    for arguments in
+        [["wal-get", "a"].as_slice(), &["wal-get", "--nonsense"], &["wal-get", "000000010000000000000001", "x"]]
+    {
+        let run = pgrecall(arguments);
+        assert_eq!(run.status.code(), Some(200), "{arguments:?}: {}", text(&run.stderr));
+    }
+}

@@ -8,11 +8,14 @@ mod config_check;
 mod daemon;
 mod incarnation;
 mod output;
+mod progress;
 mod server;
 mod slot;
 mod status;
 mod store_state;
 mod times;
+mod verify;
+mod wal_get;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -47,6 +50,10 @@ enum Verb {
     Status(status::Arguments),
     /// List the backups of an environment
     Backups(backups::Arguments),
+    /// Look for missing, cut or damaged objects and holes in the stored WAL
+    Verify(verify::Arguments),
+    /// Hand a WAL file to a recovering PostgreSQL (its restore_command)
+    WalGet(wal_get::Arguments),
     /// The replication slot of an environment
     #[command(subcommand)]
     Slot(slot::Verb),
@@ -80,7 +87,14 @@ impl Context {
 pub fn run(arguments: Arguments) -> ExitCode {
     let context =
         Context { config_path: config::locate(arguments.config.as_deref()), output: Output::new(arguments.json) };
-    match run_verb(&context, arguments.verb) {
+    let verb = match arguments.verb {
+        Verb::WalGet(arguments) => {
+            start_quiet_log();
+            return ExitCode::from(wal_get::run(&context, arguments));
+        }
+        verb => verb,
+    };
+    match run_verb(&context, verb) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             context.output.failure(&failure);
@@ -91,8 +105,7 @@ pub fn run(arguments: Arguments) -> ExitCode {
 
 fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
     if !matches!(verb, Verb::Daemon) {
-        // A command run by hand speaks through its output; its log is for what nobody asked for.
-        telemetry::start(&telemetry::Settings { level: "warn".to_owned(), ..telemetry::Settings::default() });
+        start_quiet_log();
     }
     match verb {
         Verb::Daemon => block_on(daemon::run(context)),
@@ -100,8 +113,30 @@ fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
         Verb::Status(arguments) => block_on(until_interrupted(status::run(context, arguments))),
         Verb::Slot(verb) => block_on(until_interrupted(slot::run(context, verb))),
         Verb::Incarnation(verb) => block_on(until_interrupted(incarnation::run(context, verb))),
+        Verb::Verify(arguments) => block_on(verify::run(context, arguments)),
+        Verb::WalGet(_) => Err(Failure::new(Code::Usage, "answer wal-get here: it has statuses of its own")),
         Verb::Backups(arguments) => block_on(until_interrupted(backups::run(context, arguments))),
     }
+}
+
+/// A command run by hand speaks through its output; its log is for what nobody asked for.
+fn start_quiet_log() {
+    telemetry::start(&telemetry::Settings { level: "warn".to_owned(), ..telemetry::Settings::default() });
+}
+
+/// Reads the command line of this process; says what is wrong with it, or what was asked about it, and how to end.
+///
+/// # Errors
+/// The exit status. A wrong `wal-get` must not look to PostgreSQL like a file that does not exist.
+pub fn parse() -> Result<Arguments, ExitCode> {
+    Arguments::try_parse().map_err(|error| {
+        let _ = error.print();
+        match error.exit_code() {
+            0 => ExitCode::SUCCESS,
+            _ if std::env::args().any(|argument| argument == "wal-get") => ExitCode::from(wal_get::FAILED_STATUS),
+            _ => ExitCode::from(Code::Usage.exit_status()),
+        }
+    })
 }
 
 fn block_on(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
