@@ -15,6 +15,7 @@ mod common;
 
 mod archive;
 mod authentication;
+mod backup;
 mod base_backup;
 mod cli;
 mod daemon;

@@ -1,6 +1,6 @@
 //! Files in, packs and a commit object out.
 //!
-//! A [`source`] tells the cluster's files one after the other. The [`framer`] cuts their bytes into frames, several
+//! A [`source`] (so far [`ServerSource`]) tells the cluster's files one after the other. The [`framer`] cuts their bytes into frames, several
 //! threads compress them, the [`placer`] puts them into packs in order and uploads those; what it learns about each file
 //! goes through an external [`sorter`], so that memory does not depend on the number of files. [`tables`] then merges
 //! the sorted entries with the server's [`manifest`] and writes the file tables. [`full`] is the order of a backup: intent,
@@ -15,18 +15,24 @@
 mod check;
 mod compressors;
 mod error;
+mod facts;
 mod framer;
 pub mod full;
+mod listed_wal;
 mod manifest;
 mod packer;
 mod packs;
 mod placer;
+mod server;
 mod sorter;
 pub mod source;
 mod tables;
 
 pub use error::BackupError;
+pub use facts::SqlFacts;
 pub use full::{BackupReport, BackupSettings, Collaborators, FullBackup, Phase, Progress, ServerFacts, StoredWal};
+pub use listed_wal::ListedWal;
+pub use server::ServerSource;
 pub use source::{Event, Source, SourceEnd, SourceError, SourcePosition, SourceStart};
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use crate::error::Code;
 use crate::pg::{Lsn, TimelineId};
+use crate::replication::ReplicationError;
 use crate::repository::backup_object::{DamagedBlock, Tablespace};
 
 /// Reads the files of a cluster, or of anything that looks like one.
@@ -96,6 +97,9 @@ pub struct SourceEnd {
 pub enum SourceError {
     #[error("read {path}: {source}")]
     Io { path: String, source: std::io::Error },
+    /// The server, or the way to it.
+    #[error(transparent)]
+    Server(#[from] ReplicationError),
     #[error("the name of the file {path:?} is not UTF-8")]
     NotUtf8 { path: String },
     /// What came is not what a source may send.
@@ -106,16 +110,25 @@ pub enum SourceError {
 impl SourceError {
     /// Whether another backup may work without anybody doing anything.
     pub fn is_retryable(&self) -> bool {
-        false
+        match self {
+            // The standby was promoted meanwhile.
+            SourceError::Server(e) if e.server_message().is_some_and(|m| m.sqlstate == "55000") => true,
+            SourceError::Server(e) => e.is_retryable(),
+            _ => false,
+        }
     }
 
     pub fn code(&self) -> Code {
-        Code::Postgres
+        match self {
+            SourceError::Server(e) => e.code(),
+            _ => Code::Postgres,
+        }
     }
 
     /// What an operator can do.
     pub fn hint(&self) -> Option<String> {
         match self {
+            SourceError::Server(e) => Self::server_hint(e),
             SourceError::NotUtf8 { .. } => {
                 Some("PostgreSQL makes no such files: move it out of the data directory, or rename it.".into())
             }
