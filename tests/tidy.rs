@@ -14,7 +14,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("telemetry", &["util", "error"]),
     ("pg", &[]),
     ("wal", &["pg"]),
-    ("lineage", &["pg"]),
+    ("lineage", &["pg", "wal"]),
     ("repository", LOW),
     ("replication", LOW),
     ("instance", LOW),
