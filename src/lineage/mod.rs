@@ -15,5 +15,5 @@ pub mod stored;
 
 pub use coverage::{Claim, Covered};
 pub use history::{History, Leg, Path};
-pub use moment::target::Target;
+pub use moment::{ArchiveView, BackupPoint, Moment, Request, Search, Target, Unreachable};
 pub use stored::{Span, StoredRanges};

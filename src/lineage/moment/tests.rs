@@ -1,0 +1,387 @@
+//! Targets against small archives: segments of 1 MiB, a transaction end for every entry of a list.
+
+use super::*;
+use crate::pg::{FullXid, Xid};
+use crate::wal::transactions::{At, Completeness, EndKind, RestorePoint, SegmentIndex};
+
+const MIB: u64 = 1 << 20;
+const ONE: TimelineId = TimelineId(1);
+const TWO: TimelineId = TimelineId(2);
+
+fn second(second: f64) -> Timestamp {
+    Timestamp((second * 1e6) as i64)
+}
+
+/// An archive that begins with segment 1, in which backup `b1` lies: from 1.0 to 1.1 MiB, ended at second 10.
+struct Archive {
+    history: History,
+    followed: TimelineId,
+    stored: StoredRanges,
+    backups: Vec<BackupPoint>,
+    claims: Vec<Claim>,
+    gaps: Vec<Gap>,
+    indexes: Vec<SegmentIndex>,
+}
+
+/// A position in hundredths of MiB, aligned as records are.
+fn at(hundredths: u64) -> Lsn {
+    Lsn(hundredths * MIB / 100 / 8 * 8)
+}
+
+impl Archive {
+    /// With these transaction ends (place in hundredths of MiB, time in seconds), stored up to `end`.
+    fn new(ends: &[(u64, f64)], end: u64) -> Archive {
+        let mut archive = Archive {
+            history: History::default(),
+            followed: ONE,
+            stored: StoredRanges::default(),
+            backups: Vec::new(),
+            claims: Vec::new(),
+            gaps: Vec::new(),
+            indexes: Vec::new(),
+        };
+        archive.history.add_root(ONE);
+        archive.stored.add(ONE, at(100), at(end));
+        archive.backup("b1", ONE, 100, 110, 10.0);
+        archive.index(ONE, 100, end, ends);
+        archive
+    }
+
+    fn backup(&mut self, id: &str, timeline: TimelineId, start: u64, stop: u64, time: f64) {
+        let (start_lsn, stop_lsn) = (at(start), at(stop));
+        self.backups.push(BackupPoint { id: id.to_owned(), timeline, start_lsn, stop_lsn, stop_time: second(time) });
+    }
+
+    fn claim(&mut self, timeline: TimelineId, clock: &str, time: f64, lsn: u64) {
+        let (clock, server_time, margin_micros) = (clock.to_owned(), second(time), 1_000_000);
+        self.claims.push(Claim { timeline, clock, server_time, lsn: at(lsn), margin_micros });
+    }
+
+    /// Indexes of the segments from `from` to `to`; the last is a tail unless it ends with its segment.
+    fn index(&mut self, timeline: TimelineId, from: u64, to: u64, ends: &[(u64, f64)]) {
+        for segment in from / 100..to.div_ceil(100) {
+            let (start, end) = (segment * 100, (segment * 100 + 100).min(to));
+            let mut index = SegmentIndex::empty(timeline, at(start));
+            index.end_lsn = at(end);
+            index.near_xid = Some(FullXid(7 << 32 | 500));
+            let whole = end == start + 100;
+            index.completeness = if whole { Completeness::Whole } else { Completeness::Tail };
+            let here = ends.iter().filter(|(place, _)| (start..end).contains(place));
+            index.ends = here.map(|(place, time)| entry(*place, *time)).collect();
+            index.last_record_lsn = Some(Lsn(at(end).0 - 64));
+            index.last_record_end_lsn = Some(at(end));
+            index.first_record_lsn = Some(Lsn(at(start).0 + 40));
+            self.indexes.push(index);
+        }
+        self.indexes.sort_by_key(|index| (index.start_lsn, index.timeline));
+    }
+
+    fn view(&self) -> ArchiveView<'_> {
+        ArchiveView {
+            segment_size: SegmentSize::new(MIB).expect("valid"),
+            history: &self.history,
+            followed: self.followed,
+            stored: &self.stored,
+            backups: &self.backups,
+            claims: &self.claims,
+            gaps: &self.gaps,
+        }
+    }
+
+    fn find(&self, target: &str) -> Result<Moment, Unreachable> {
+        let (target, exclusive) = target.strip_suffix(" exclusive").map_or((target, false), |target| (target, true));
+        let (target, timeline) = match target.split_once(" on ") {
+            Some((target, timeline)) => (target, Some(TimelineId(timeline.parse().expect("a number")))),
+            None => (target, None),
+        };
+        let target = match target.strip_prefix("t:") {
+            Some(time) => Target::Time(second(time.parse().expect("a number"))),
+            None => match target.strip_prefix("at:") {
+                Some(place) => Target::Lsn(at(place.parse().expect("a number"))),
+                None => target.parse().expect("a target"),
+            },
+        };
+        let request = Request { target, exclusive, timeline };
+        let whole = resolve(&request, &self.view(), &self.indexes);
+        // Nothing changes when the search is ended as soon as it says so.
+        if let Ok(mut search) = Search::new(&request, &self.view()) {
+            for index in &self.indexes {
+                let end_lsn = index.start_lsn.saturating_add(MIB);
+                if search.is_done() || end_lsn <= search.scan_from() {
+                    continue;
+                }
+                search.push(index);
+            }
+            let early = search.finish();
+            assert_eq!(early.as_ref().map(|m| &m.stop), whole.as_ref().map(|m| &m.stop), "ended early");
+        }
+        whole
+    }
+
+    #[track_caller]
+    fn check(&self, target: &str, expected: &str) {
+        let shown = match self.find(target) {
+            Ok(Moment { stop, backup, .. }) => {
+                let how = if stop.inclusive { "after" } else { "before" };
+                format!("{how} {} on {} from {backup}", place(stop.lsn), stop.timeline)
+            }
+            Err(error) => {
+                let name = format!("{error:?}");
+                let name: String = name.chars().take_while(|c| c.is_alphanumeric()).collect();
+                let places: Vec<String> = error.alternatives().iter().map(|p| place(p.lsn)).collect();
+                if places.is_empty() { name } else { format!("{name}: {}", places.join(", ")) }
+            }
+        };
+        assert_eq!(shown, expected, "{target}");
+    }
+}
+
+fn entry(place: u64, time: f64) -> crate::wal::transactions::TransactionEnd {
+    let (lsn, end_lsn) = (at(place), Lsn(at(place).0 + 64));
+    let xid = Xid(u32::try_from(place).expect("small"));
+    crate::wal::transactions::TransactionEnd { lsn, end_lsn, kind: EndKind::Commit, xid, time: second(time) }
+}
+
+/// In hundredths of MiB again; the last record of an index lies 64 bytes before its end.
+fn place(lsn: Lsn) -> String {
+    match (0..5000).find(|hundredths| at(*hundredths) == lsn) {
+        Some(found) => found.to_string(),
+        None => format!("last of {}", (0..5000).find(|h| at(*h).0 == lsn.0 + 64).unwrap_or(0)),
+    }
+}
+
+#[test]
+fn a_time_is_the_state_before_the_first_end_past_it() {
+    let mut archive = Archive::new(&[(120, 20.0), (130, 30.0), (240, 40.0), (250, 50.0)], 300);
+    for (target, expected) in [
+        ("t:10", "before 120 on 1 from b1"),
+        ("t:19.9", "before 120 on 1 from b1"),
+        ("t:20", "before 130 on 1 from b1"),
+        ("t:20 exclusive", "before 120 on 1 from b1"),
+        ("t:35", "before 240 on 1 from b1"),
+        ("t:49.999", "before 250 on 1 from b1"),
+        ("t:50 exclusive", "before 250 on 1 from b1"),
+        ("t:50", "NotCovered: last of 300"),
+        ("t:9.9", "BeforeWindow: 110"),
+    ] {
+        archive.check(target, expected);
+    }
+    let moment = archive.find("t:35").expect("reachable");
+    assert_eq!(moment.last_included, Some(entry(130, 30.0)));
+    assert_eq!(moment.first_excluded, Some(entry(240, 40.0)));
+    assert_eq!((moment.wal_start_lsn, moment.wal_end_lsn), (at(100), Lsn(at(240).0 + 64)));
+    archive.claim(ONE, "a", 90.0, 300);
+    archive.check("t:50", "after last of 300 on 1 from b1");
+    archive.check("t:89", "after last of 300 on 1 from b1");
+    archive.check("t:89.1", "NotCovered: 300");
+}
+
+#[test]
+fn a_time_on_an_idle_server_needs_coverage_alone() {
+    let mut archive = Archive::new(&[], 150);
+    archive.check("t:15", "NotCovered: last of 150");
+    archive.claim(ONE, "a", 100.0, 150);
+    archive.check("t:15", "after last of 150 on 1 from b1");
+    archive.check("t:5", "BeforeWindow: 110");
+    // What is claimed and not stored proves nothing.
+    archive.claim(ONE, "a", 200.0, 151);
+    archive.check("t:150", "NotCovered: 150");
+}
+
+#[test]
+fn small_inversions_are_usual_and_ignored() {
+    let archive = Archive::new(&[(120, 20.0), (130, 20.009), (140, 20.001), (150, 21.0), (160, 20.1)], 200);
+    archive.check("t:20.005", "before 130 on 1 from b1");
+    archive.check("t:20.05", "before 150 on 1 from b1");
+}
+
+#[test]
+fn a_clock_that_was_set_back_makes_times_ambiguous() {
+    let mut archive = Archive::new(&[(120, 20.0), (130, 60.0), (140, 40.0), (150, 70.0)], 200);
+    archive.check("t:50", "Ambiguous: 130, 150");
+    archive.check("t:30", "before 130 on 1 from b1");
+    archive.check("t:65", "before 150 on 1 from b1");
+    archive.check("t:80", "NotCovered: last of 200");
+    archive.claim(ONE, "a", 95.0, 200);
+    archive.check("t:80", "after last of 200 on 1 from b1");
+}
+
+#[test]
+fn two_clocks_that_claim_a_time_make_it_ambiguous() {
+    let mut archive = Archive::new(&[(120, 20.0)], 200);
+    archive.history.add(TWO, format!("1\t{}\tx\n", at(150)).parse().expect("well formed")).expect("no conflict");
+    archive.followed = TWO;
+    archive.stored.add(TWO, at(100), at(300));
+    archive.index(TWO, 100, 300, &[(120, 20.0), (158, 65.0), (160, 80.0), (170, 90.0)]);
+    archive.claim(ONE, "a", 100.0, 150);
+    archive.claim(TWO, "b", 60.0, 155);
+    archive.check("t:70", "Ambiguous: 158, 160");
+    // By either clock nothing ended between: one state.
+    archive.check("t:62", "before 158 on 2 from b1");
+}
+
+#[test]
+fn a_time_between_two_clocks_is_the_state_at_the_fork() {
+    let mut archive = Archive::new(&[(120, 20.0), (155, 25.0)], 200);
+    archive.history.add(TWO, format!("1\t{}\tx\n", at(150)).parse().expect("well formed")).expect("no conflict");
+    archive.stored.add(TWO, at(100), at(300));
+    archive.index(TWO, 100, 300, &[(120, 20.0), (160, 80.0)]);
+    archive.followed = TWO;
+    archive.claim(ONE, "a", 30.0, 150);
+    archive.claim(TWO, "b", 70.0, 152);
+    archive.check("t:50", "before 160 on 2 from b1");
+    archive.check("t:15", "before 120 on 1 from b1");
+    // The diverged tail is there when it is asked for.
+    archive.check("t:22 on 1", "before 155 on 1 from b1");
+    archive.check("xid:155", "Unknown");
+    archive.check("xid:155 on 1", "after 155 on 1 from b1");
+    archive.check("latest", "after last of 300 on 2 from b1");
+    archive.check("latest on 1", "after last of 200 on 1 from b1");
+    archive.check("latest on 5", "UnknownTimeline");
+}
+
+#[test]
+fn lost_wal_is_not_jumped() {
+    let mut archive = Archive::new(&[(120, 20.0)], 150);
+    archive.stored.add(ONE, at(300), at(500));
+    archive.index(ONE, 300, 500, &[(310, 50.0), (350, 60.0), (450, 70.0)]);
+    archive.claim(ONE, "a", 25.0, 130);
+    archive.check("t:15", "before 120 on 1 from b1");
+    archive.check("t:22", "after last of 150 on 1 from b1");
+    archive.check("t:40", "InGap: 130");
+    archive.check("t:55", "InGap: 130");
+    archive.check("latest", "InGap: 130");
+    archive.check("at:200", "InGap: 130");
+    archive.backup("b2", ONE, 320, 340, 55.0);
+    archive.check("t:40", "InGap: 130, 340");
+    archive.check("t:52", "before 350 on 1 from b2");
+    archive.check("t:57", "before 350 on 1 from b2");
+    archive.check("t:65", "before 450 on 1 from b2");
+    archive.check("latest", "after last of 500 on 1 from b2");
+    archive.check("at:330", "InGap: 130, 340");
+    archive.gaps.push(Gap { timeline: ONE, start_lsn: at(150), end_lsn: at(300) });
+    assert!(matches!(archive.find("t:40"), Err(Unreachable::InGap { noted: true, .. })));
+}
+
+#[test]
+fn positions_are_taken_as_they_are_when_a_record_follows() {
+    let archive = Archive::new(&[(120, 20.0), (130, 30.0)], 200);
+    archive.check("at:120", "after 120 on 1 from b1");
+    archive.check("at:120 exclusive", "before 120 on 1 from b1");
+    archive.check("at:125", "after 125 on 1 from b1");
+    archive.check("at:200", "NotCovered: last of 200");
+    archive.check("at:105", "InsideBackup: 110");
+    archive.check("at:50", "BeforeWindow: 110");
+    let moment = archive.find("at:125 exclusive").expect("reachable");
+    assert_eq!((moment.last_included, moment.first_excluded), (Some(entry(120, 20.0)), Some(entry(130, 30.0))));
+    let moment = archive.find("at:120").expect("reachable");
+    assert_eq!((moment.last_included, moment.first_excluded), (Some(entry(120, 20.0)), Some(entry(130, 30.0))));
+}
+
+#[test]
+fn a_position_on_a_diverged_tail_names_its_timeline() {
+    let mut archive = Archive::new(&[(120, 20.0)], 400);
+    archive.history.add(TWO, format!("1\t{}\tx\n", at(150)).parse().expect("well formed")).expect("no conflict");
+    archive.stored.add(TWO, at(100), at(200));
+    archive.index(TWO, 100, 200, &[(120, 20.0)]);
+    archive.followed = TWO;
+    archive.check("at:350", "OnAnotherTimeline");
+    archive.check("at:350 on 1", "after 350 on 1 from b1");
+}
+
+#[test]
+fn transactions_and_restore_points_by_name() {
+    let mut archive = Archive::new(&[(120, 20.0), (130, 30.0), (240, 40.0)], 300);
+    let point = |place: u64, name: &str| RestorePoint { lsn: at(place), name: name.to_owned(), time: second(1.0) };
+    archive.indexes[0].restore_points = vec![point(125, "once"), point(126, "twice")];
+    archive.indexes[1].restore_points = vec![point(226, "twice")];
+    archive.check("xid:130", "after 130 on 1 from b1");
+    archive.check("xid:130 exclusive", "before 130 on 1 from b1");
+    archive.check("xid:30064771202", "after 130 on 1 from b1");
+    archive.check("xid:34359738498", "Unknown");
+    archive.check("xid:131", "Unknown");
+    archive.check("name:once", "after 125 on 1 from b1");
+    archive.check("name:twice", "Ambiguous: 126, 226");
+    archive.check("name:never", "Unknown");
+    let moment = archive.find("name:once").expect("reachable");
+    assert_eq!((moment.last_included, moment.first_excluded), (Some(entry(120, 20.0)), Some(entry(130, 30.0))));
+    let moment = archive.find("xid:130").expect("reachable");
+    assert_eq!((moment.last_included, moment.first_excluded), (Some(entry(130, 30.0)), Some(entry(240, 40.0))));
+}
+
+#[test]
+fn a_backup_by_its_end() {
+    let mut archive = Archive::new(&[(120, 20.0), (240, 40.0)], 300);
+    archive.backup("b2", ONE, 210, 220, 30.0);
+    archive.check("backup:b2", "before 220 on 1 from b2");
+    archive.indexes[1].backup_ends = vec![At { lsn: Lsn(at(220).0 - 64), what: at(210) }];
+    archive.check("backup:b2", "after last of 220 on 1 from b2");
+    assert_eq!(archive.find("backup:b2").map(|moment| moment.wal_end_lsn), Ok(at(220)));
+    archive.check("backup:b1", "before 110 on 1 from b1");
+    archive.check("backup:b3", "UnknownBackup");
+    archive.check("t:15", "before 120 on 1 from b1");
+    archive.check("t:35", "before 240 on 1 from b2");
+}
+
+#[test]
+fn wal_without_an_index_is_named() {
+    let mut archive = Archive::new(&[(120, 20.0), (240, 40.0), (350, 50.0)], 400);
+    archive.claim(ONE, "a", 100.0, 400);
+    let lost = archive.indexes.remove(1);
+    archive.check("t:15", "before 120 on 1 from b1");
+    archive.check("t:45", "NotIndexed");
+    archive.check("latest", "after last of 400 on 1 from b1");
+    archive.check("xid:240", "NotIndexed");
+    archive.check("xid:350", "after 350 on 1 from b1");
+    archive.indexes.insert(1, lost);
+    archive.indexes.pop();
+    archive.check("t:60", "NotIndexed");
+    archive.check("latest", "NotIndexed");
+    archive.indexes.clear();
+    archive.check("latest", "NotIndexed");
+    archive.check("t:15", "NotIndexed: 110");
+}
+
+#[test]
+fn nothing_is_reachable_without_a_backup() {
+    let mut archive = Archive::new(&[(120, 20.0)], 200);
+    archive.backups.clear();
+    archive.check("latest", "NoBackup");
+    // One whose own WAL is not stored to its end is none.
+    archive.backup("b1", ONE, 150, 210, 10.0);
+    archive.check("latest", "NoBackup");
+}
+
+#[test]
+fn a_transaction_whose_end_is_not_stored_whole_is_not_there() {
+    let mut archive = Archive::new(&[(120, 20.0), (199, 30.0)], 200);
+    archive.stored = StoredRanges::default();
+    archive.stored.add(ONE, at(100), at(199));
+    archive.check("t:25", "NotCovered: 120");
+    archive.check("latest", "after 120 on 1 from b1");
+}
+
+#[test]
+fn a_search_needs_only_what_lies_around_its_target() {
+    let day = 86_400.0;
+    let ends: Vec<(u64, f64)> = (0..200).map(|n| (150 + n * 10, 20.0 + n as f64 * 600.0)).collect();
+    let mut archive = Archive::new(&ends, 2200);
+    archive.backup("b2", ONE, 900, 910, 45_000.0);
+    for n in 0..200 {
+        archive.claim(ONE, "a", 25.0 + n as f64 * 600.0, 151 + n * 10);
+    }
+    let request = Request { target: Target::Time(second(0.6 * day)), exclusive: false, timeline: None };
+    let view = archive.view();
+    let mut search = Search::new(&request, &view).expect("possible");
+    assert_eq!(search.scan_from(), at(910));
+    let mut given = 0;
+    for index in archive.indexes.iter().filter(|index| index.start_lsn.saturating_add(MIB) > at(910)) {
+        if search.is_done() {
+            break;
+        }
+        given += 1;
+        search.push(index);
+    }
+    assert!(given < 5, "{given} indexes");
+    archive.check("t:51840", "before 1020 on 1 from b2");
+}
