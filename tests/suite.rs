@@ -23,6 +23,7 @@ mod harness;
 mod instance;
 mod recovery;
 mod replication;
+mod restore;
 mod server_questions;
 mod store_faults;
 mod wal_oracle;
