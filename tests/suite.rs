@@ -19,6 +19,7 @@ mod backup;
 mod base_backup;
 mod cli;
 mod daemon;
+mod end_to_end;
 mod harness;
 mod instance;
 mod recovery;

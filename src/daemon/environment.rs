@@ -7,11 +7,15 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{Instrument, Span, info};
 
+use super::backups::Backups;
+use super::handle::Request;
 use super::snapshot::{ArchiveSnapshot, EnvironmentSnapshot, State};
 use super::supervisor::{Body, BodyContext};
 use crate::archive::{self, ArchiveStatus, Archiver};
+use crate::backup::BackupSettings;
 use crate::config::Environment;
 use crate::error::{Code, Failure};
+use crate::operations::backup::BackupJob;
 use crate::repository::generation::{self, Lease};
 use crate::repository::{Generation, Repository};
 use crate::util::clock;
@@ -45,6 +49,14 @@ impl Body for EnvironmentBody {
         let generation = take_generation(&repository).await?;
         info!(repository = repository.store().place(), %generation, "repository open");
         let mut archiving = self.start_archiving(&repository, generation, &context)?;
+        let job = BackupJob {
+            repository: repository.clone(),
+            generation,
+            connect: self.environment.connect()?,
+            archive: archiving.status.clone(),
+            settings: BackupSettings::default(),
+        };
+        let mut backups = Backups::new(job, context.snapshot.clone(), context.cancel.clone());
         loop {
             tokio::select! {
                 // Ends by itself after `cancel`, when the tail is stored.
@@ -57,9 +69,10 @@ impl Body for EnvironmentBody {
                     let status = archiving.status.borrow_and_update().clone();
                     context.snapshot.send_modify(|snapshot| describe(snapshot, &status));
                 }
-                Some(request) = context.requests.recv() => {
-                    request.refuse(Failure::new(Code::Internal, "take a backup: this version cannot do it yet"));
+                Some(Request::Backup { progress }) = context.requests.recv() => {
+                    backups.asked(progress);
                 }
+                () = backups.step() => {}
             }
         }
     }

@@ -3,6 +3,7 @@
 //! [`Daemon::start`] spawns, [`Daemon::stop`] waits: after the token fires every task stores what it holds and ends
 //! within the grace period; what has not ended then is aborted, in a state that the next start repairs.
 
+mod backups;
 pub mod environment;
 pub mod handle;
 pub mod snapshot;

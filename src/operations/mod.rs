@@ -1,3 +1,5 @@
 //! What is made of several rooms: the only place that composes archive, backup, restore.
 
+pub mod backup;
+pub mod locate;
 pub mod restore;

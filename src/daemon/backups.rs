@@ -1,0 +1,184 @@
+//! The backups of one environment: those that are asked for, the first one, and the one after a gap, by themselves.
+//!
+//! One at a time; who asks while one runs hears of that one.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span, info, warn};
+
+use super::handle::ProgressSender;
+use super::snapshot::{BackupProgress, EnvironmentSnapshot};
+use crate::backup::{BackupReport, Phase, Progress};
+use crate::error::{Code, Failure};
+use crate::operations::backup::BackupJob;
+use crate::repository::{catalogue, identity};
+use crate::util::retry::Backoff;
+use crate::util::units::show_bytes;
+
+/// How often it is looked whether a backup is due, and a running one's progress is passed on.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// The backups of one environment.
+pub struct Backups {
+    job: BackupJob,
+    snapshot: watch::Sender<EnvironmentSnapshot>,
+    cancel: CancellationToken,
+    running: Option<Running>,
+    waiting: Vec<ProgressSender>,
+    /// Whether a usable backup exists; `None` until the repository was asked.
+    has_backup: Option<bool>,
+    gaps_seen: u32,
+    pauses: Backoff,
+    not_before: Instant,
+}
+
+struct Running {
+    task: JoinHandle<Result<BackupReport, Failure>>,
+    progress: watch::Receiver<Progress>,
+}
+
+impl Backups {
+    pub fn new(job: BackupJob, snapshot: watch::Sender<EnvironmentSnapshot>, cancel: CancellationToken) -> Self {
+        let pauses = Backoff::new(Duration::from_secs(5), Duration::from_secs(300));
+        let (gaps_seen, not_before) = (0, Instant::now());
+        Backups {
+            job,
+            snapshot,
+            cancel,
+            running: None,
+            waiting: Vec::new(),
+            has_backup: None,
+            gaps_seen,
+            pauses,
+            not_before,
+        }
+    }
+
+    /// Somebody asks for a backup.
+    pub fn asked(&mut self, progress: ProgressSender) {
+        self.waiting.push(progress);
+        if self.running.is_none() {
+            self.start();
+        }
+    }
+
+    /// Waits a moment and does what is due then: passes progress on, takes note of an end, begins a backup by itself.
+    ///
+    /// Cancel safety: safe; nothing is taken before it is dealt with.
+    pub async fn step(&mut self) {
+        tokio::time::sleep(LOOK).await;
+        match &mut self.running {
+            Some(running) if running.task.is_finished() => self.ended().await,
+            Some(running) => {
+                let progress = shown(&running.progress.borrow());
+                self.tell(&progress);
+            }
+            None if Instant::now() >= self.not_before => self.begin_if_due().await,
+            None => {}
+        }
+    }
+
+    async fn begin_if_due(&mut self) {
+        let status = self.job.archive.borrow().clone();
+        if status.stored.is_none() || status.state != crate::archive::State::Streaming {
+            return;
+        }
+        if status.gaps_found > self.gaps_seen {
+            self.gaps_seen = status.gaps_found;
+            self.has_backup = Some(false);
+        }
+        if self.has_backup.is_none() {
+            match self.look_for_backup().await {
+                Ok(found) => self.has_backup = Some(found),
+                Err(failure) => {
+                    warn!(error = %failure, "look for backups: failed, will be tried again");
+                    self.not_before = Instant::now() + self.pauses.delay();
+                }
+            }
+        }
+        if self.has_backup == Some(false) {
+            info!("no backup leads to the WAL that is archived now: one begins by itself");
+            self.start();
+        }
+    }
+
+    /// A backup counts when the unbroken stored stream begins before it.
+    async fn look_for_backup(&self) -> Result<bool, Failure> {
+        let Some(known) = identity::current(&self.job.repository).await? else { return Ok(false) };
+        let backups = catalogue::list_backups(&self.job.repository, known.incarnation).await?;
+        let Some(stored) = self.job.archive.borrow().stored else { return Ok(false) };
+        Ok(backups.iter().any(|b| b.timeline != stored.timeline || b.start_lsn >= stored.start_lsn))
+    }
+
+    fn start(&mut self) {
+        let (sender, progress) = watch::channel(Progress::default());
+        let (job, cancel) = (self.job.clone(), self.cancel.child_token());
+        let task = tokio::spawn(async move { job.run(sender, cancel).await }.instrument(Span::current()));
+        self.running = Some(Running { task, progress });
+    }
+
+    async fn ended(&mut self) {
+        let Some(running) = self.running.take() else { return };
+        let result = running
+            .task
+            .await
+            .unwrap_or_else(|error| Err(Failure::new(Code::Internal, format!("take a backup: {error}"))));
+        let outcome = match result {
+            Ok(report) => {
+                self.has_backup = Some(true);
+                self.pauses.reset();
+                done(&report)
+            }
+            Err(failure) => {
+                if failure.code != Code::Cancelled {
+                    warn!(error = %failure, hint = failure.hint, "the backup failed");
+                }
+                self.not_before = Instant::now() + self.pauses.delay();
+                BackupProgress::Failed(failure)
+            }
+        };
+        self.tell(&outcome);
+        self.waiting.clear();
+    }
+
+    fn tell(&self, progress: &BackupProgress) {
+        for asked in &self.waiting {
+            asked.send(progress.clone());
+        }
+        self.snapshot.send_if_modified(|snapshot| {
+            let changed = snapshot.backup.as_ref() != Some(progress);
+            snapshot.backup = Some(progress.clone());
+            changed
+        });
+    }
+}
+
+fn done(report: &BackupReport) -> BackupProgress {
+    let totals = &report.commit.totals;
+    let seconds = report.elapsed.as_secs_f64();
+    let (bytes, stored) = (show_bytes(totals.bytes), show_bytes(totals.stored_bytes));
+    BackupProgress::Done {
+        backup: report.commit.id.to_string(),
+        bytes_stored: totals.stored_bytes,
+        summary: format!("{} files, {bytes}, stored as {stored} in {seconds:.1} s", totals.files),
+    }
+}
+
+fn shown(progress: &Progress) -> BackupProgress {
+    let phase = match progress.phase {
+        Phase::Starting => "starting",
+        Phase::Checkpoint => "waiting for a checkpoint",
+        Phase::Copying => "copying",
+        Phase::WaitingForWal => "waiting for WAL",
+        Phase::Committing | Phase::Done => "committing",
+    };
+    BackupProgress::Running {
+        phase: phase.to_owned(),
+        bytes_done: progress.bytes_done,
+        bytes_total: progress.bytes_total,
+    }
+}

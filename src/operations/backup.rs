@@ -1,0 +1,112 @@
+//! A full backup of an environment whose WAL is being archived.
+//!
+//! The archiver says what is stored, the server sends its files and facts; a backup is taken of the host that is archived.
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::archive::{ArchiveStatus, State};
+use crate::backup::{
+    BackupReport, BackupSettings, Collaborators, FullBackup, Progress, ServerSource, SqlFacts, StoredWal,
+};
+use crate::error::{Code, Failure};
+use crate::pg::{Lsn, TimelineId};
+use crate::replication::{BaseBackupOptions, ConnectConfig, Session};
+use crate::repository::{Generation, Repository, identity};
+
+/// How far past the stored end a backup may start: what is between is on its way.
+const ON_ITS_WAY_MAX: u64 = 1 << 30;
+
+/// What a backup is taken of, and by whom.
+#[derive(Clone)]
+pub struct BackupJob {
+    pub repository: Repository,
+    pub generation: Generation,
+    pub connect: ConnectConfig,
+    pub archive: watch::Receiver<ArchiveStatus>,
+    pub settings: BackupSettings,
+}
+
+impl BackupJob {
+    /// Takes the backup.
+    ///
+    /// Cancel safety: as [`FullBackup::run`].
+    pub async fn run(
+        &self,
+        progress: watch::Sender<Progress>,
+        cancel: CancellationToken,
+    ) -> Result<BackupReport, Failure> {
+        let known = identity::current(&self.repository).await?;
+        let known = known.ok_or_else(|| not_archived("no WAL was archived yet"))?;
+        let (session, host_index) = self.primary().await?;
+        let backup = FullBackup {
+            repository: self.repository.clone(),
+            incarnation: known.incarnation,
+            generation: self.generation,
+            major: known.identity.major,
+            server_version: session.server_version().split(' ').next().unwrap_or_default().to_owned(),
+            segment_size: known.identity.segment_size,
+            settings: self.settings.clone(),
+        };
+        let mut source = ServerSource::on(session, self.connect.clone(), BaseBackupOptions::default());
+        let wal = Stored(self.archive.clone());
+        let facts = SqlFacts { config: self.connect.clone(), host_index };
+        let with = Collaborators { source: &mut source, wal: &wal, facts: Some(&facts), progress, cancel };
+        backup.run(with).await.map_err(|error| error.to_failure())
+    }
+
+    /// A connection to the first host that is no standby.
+    async fn primary(&self) -> Result<(Session, usize), Failure> {
+        let mut last = None;
+        for index in 0..self.connect.hosts.len() {
+            match Session::connect(&self.connect, index).await {
+                Ok(session) if !session.in_hot_standby() => return Ok((session, index)),
+                Ok(session) => session.close().await,
+                Err(error) => last = Some(error),
+            }
+        }
+        Err(match last {
+            Some(error) => Failure::from(error),
+            None => Failure::new(Code::Postgres, "take a backup: none of the hosts is a primary"),
+        })
+    }
+}
+
+fn not_archived(why: &str) -> Failure {
+    Failure::new(Code::Conflict, format!("take a backup: {why}"))
+        .hint("Start the daemon, and look at `pgrecall status`.")
+}
+
+/// What the archiver has stored, as a backup asks for it.
+struct Stored(watch::Receiver<ArchiveStatus>);
+
+#[async_trait]
+impl StoredWal for Stored {
+    async fn covers(&self, timeline: TimelineId, lsn: Lsn) -> anyhow::Result<bool> {
+        let mut archive = self.0.clone();
+        let streaming = |s: &ArchiveStatus| s.stored.is_some() && !matches!(s.state, State::Starting);
+        let status = archive.wait_for(streaming).await?.clone();
+        let Some(stored) = status.stored else { return Ok(false) };
+        let ends = stored.end_lsn.saturating_add(ON_ITS_WAY_MAX);
+        Ok(stored.timeline == timeline && stored.start_lsn <= lsn && lsn <= ends)
+    }
+
+    async fn wait_stored(&self, timeline: TimelineId, start_lsn: Lsn, stop_lsn: Lsn) -> anyhow::Result<()> {
+        let mut archive = self.0.clone();
+        let decided = |s: &ArchiveStatus| {
+            let conflict = matches!(s.state, State::Conflict(_) | State::Stopped);
+            conflict
+                || s.stored.is_some_and(|w| w.timeline != timeline || w.end_lsn >= stop_lsn || w.start_lsn > start_lsn)
+        };
+        let status = archive.wait_for(decided).await?.clone();
+        let stored =
+            status.stored.filter(|w| w.timeline == timeline && w.start_lsn <= start_lsn && w.end_lsn >= stop_lsn);
+        anyhow::ensure!(
+            stored.is_some(),
+            "WAL from {start_lsn} to {stop_lsn} of timeline {timeline} is not stored without a gap ({:?})",
+            status.state
+        );
+        Ok(())
+    }
+}

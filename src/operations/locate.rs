@@ -1,0 +1,210 @@
+//! From a target, as a person says it, to a plan: which record on which timeline, from which backup, with which WAL.
+//!
+//! Reads what the repository holds, then follows the segments' indexes on the path in LSN order; one that is missing is
+//! made from its WAL on the way, and the open segment's always is. Writes nothing.
+
+use futures::{StreamExt, TryStreamExt};
+
+use crate::error::{Code, Failure};
+use crate::lineage::coverage::Claim;
+use crate::lineage::moment::{ArchiveView, BackupPoint, Gap, Moment, Request, Search, Unreachable};
+use crate::lineage::{History, Path, StoredRanges};
+use crate::pg::{Lsn, SegmentNo, TimelineId};
+use crate::repository::backup_object::BackupCommit;
+use crate::repository::identity::KnownIncarnation;
+use crate::repository::index::{self, StoredIndexes};
+use crate::repository::{Key, Repository, RepositoryError, coverage};
+use crate::restore::gather::{Gathered, PlanRequest};
+use crate::restore::{Plan, Stop};
+use crate::wal::transactions::SegmentIndex;
+
+/// Indexes that are read at the same time.
+const READS_MAX: usize = 16;
+
+/// What the repository holds, in the form in which moments are looked for.
+pub struct Archive {
+    repository: Repository,
+    gathered: Gathered,
+    history: History,
+    stored: StoredRanges,
+    followed: TimelineId,
+    backups: Vec<BackupPoint>,
+    claims: Vec<Claim>,
+    gaps: Vec<Gap>,
+}
+
+impl Archive {
+    /// Loads everything but the indexes.
+    ///
+    /// # Errors
+    /// `NotFound` when no WAL was ever stored.
+    pub async fn load(repository: &Repository, known: &KnownIncarnation) -> Result<Archive, Failure> {
+        let gathered = Gathered::load(repository, known).await?;
+        let size = known.identity.segment_size;
+        let mut stored = StoredRanges::default();
+        for object in &gathered.wal.ranges {
+            let range = &object.range;
+            stored.add(range.timeline, range.start_lsn(size), range.end_lsn(size));
+        }
+        let followed = gathered.wal.ranges.iter().map(|o| o.range.timeline).max();
+        let followed = followed.ok_or_else(|| Failure::new(Code::NotFound, "find stored WAL: there is none"))?;
+        let mut history = History::default();
+        for timeline in stored.timelines() {
+            history.add_root(timeline);
+        }
+        for (object, file) in &gathered.histories {
+            let conflict = |e: crate::lineage::history::HistoryConflict| Failure::new(Code::Conflict, e.to_string());
+            history.add(object.timeline, file.clone()).map_err(conflict)?;
+        }
+        let claims = load_claims(repository, known, &history).await?;
+        let backups = gathered.backups.iter().map(backup_point).collect();
+        let gap = |g: &crate::repository::catalogue::Gap| Gap {
+            timeline: g.timeline,
+            start_lsn: g.start_lsn,
+            end_lsn: g.end_lsn,
+        };
+        let gaps = gathered.gaps.iter().map(gap).collect();
+        Ok(Archive { repository: repository.clone(), gathered, history, stored, followed, backups, claims, gaps })
+    }
+
+    pub fn view(&self) -> ArchiveView<'_> {
+        ArchiveView {
+            segment_size: self.gathered.known.identity.segment_size,
+            history: &self.history,
+            followed: self.followed,
+            stored: &self.stored,
+            backups: &self.backups,
+            claims: &self.claims,
+            gaps: &self.gaps,
+        }
+    }
+}
+
+async fn load_claims(
+    repository: &Repository,
+    known: &KnownIncarnation,
+    history: &History,
+) -> Result<Vec<Claim>, RepositoryError> {
+    let mut claims = Vec::new();
+    for timeline in history.timelines() {
+        for claim in coverage::newest(repository, known.incarnation, timeline).await? {
+            let coverage::Claim { timeline, server_time, lsn, margin_micros, run, .. } = claim;
+            claims.push(Claim { timeline, clock: format!("{run:08x}"), server_time, lsn, margin_micros });
+        }
+    }
+    Ok(claims)
+}
+
+fn backup_point(commit: &crate::repository::backup_object::BackupCommit) -> BackupPoint {
+    BackupPoint {
+        id: commit.id.to_string(),
+        timeline: commit.timeline,
+        start_lsn: commit.start_lsn,
+        stop_lsn: commit.stop_lsn,
+        stop_time: commit.stopped_at,
+    }
+}
+
+impl Archive {
+    /// Finds the moment: follows the indexes on the path of the request.
+    ///
+    /// # Errors
+    /// `UnreachableTarget` with the nearest moments that work.
+    pub async fn moment(&self, request: &Request) -> Result<Moment, Failure> {
+        let view = self.view();
+        let mut search = Search::new(request, &view).map_err(unreachable)?;
+        let places = self.segments(search.path(), search.scan_from());
+        let mut stored: Vec<(TimelineId, StoredIndexes)> = Vec::new();
+        let (incarnation, size) = (self.gathered.known.incarnation, self.gathered.known.identity.segment_size);
+        for leg in search.path().legs() {
+            stored.push((leg.timeline, index::list(&self.repository, incarnation, leg.timeline, size).await?));
+        }
+        let key_of = |(segment, timeline): (SegmentNo, TimelineId)| {
+            stored.iter().find(|(t, _)| *t == timeline).and_then(|(_, indexes)| indexes.get(&segment))
+        };
+        let reads = futures::stream::iter(places).map(|place| self.index(key_of(place), place));
+        let mut indexes = std::pin::pin!(reads.buffered(READS_MAX));
+        while let Some(index) = indexes.try_next().await? {
+            search.push(&index);
+        }
+        search.finish().map_err(unreachable)
+    }
+
+    /// Plans the way to a moment.
+    ///
+    /// # Errors
+    /// As [`Plan::build`].
+    pub fn plan(&self, environment: &str, moment: &Moment, lacks: &[String]) -> Result<Plan, Failure> {
+        let exact = moment.stop;
+        let stop =
+            Stop { timeline: exact.timeline, lsn: exact.lsn, inclusive: exact.inclusive, end_lsn: moment.wal_end_lsn };
+        let backup = moment.backup.parse().ok();
+        let request = PlanRequest { environment, stop, backup: backup.as_ref(), lacks };
+        self.gathered
+            .plan(&request)
+            .map_err(|e| Failure::new(Code::UnreachableTarget, format!("plan the restore: {e}")))
+    }
+
+    /// What the chosen backup says of its server's surroundings.
+    pub fn backup(&self, id: &str) -> Option<&BackupCommit> {
+        self.gathered.backups.iter().find(|b| b.id.as_str() == id)
+    }
+
+    /// The stored segments on `path` from the one that holds `from` on, in LSN order. The segment that holds a switch point
+    /// comes twice, once for either timeline.
+    fn segments(&self, path: &Path, from: Lsn) -> Vec<(SegmentNo, TimelineId)> {
+        let size = self.gathered.known.identity.segment_size;
+        let mut places = Vec::new();
+        for leg in path.legs().iter().filter(|leg| leg.end_lsn > from) {
+            for span in self.stored.spans(leg.timeline) {
+                let start = span.start_lsn.max(leg.start_lsn).max(from);
+                let end = span.end_lsn.min(leg.end_lsn);
+                let mut segment = size.segment_of(start);
+                while segment.start_lsn(size) < end {
+                    places.push((segment, leg.timeline));
+                    segment = segment.next();
+                }
+            }
+        }
+        places.dedup();
+        places
+    }
+
+    /// Reads the index of a segment, or makes it.
+    async fn index(&self, key: Option<&Key>, place: (SegmentNo, TimelineId)) -> Result<SegmentIndex, RepositoryError> {
+        if let Some(key) = key
+            && let Some(index) = index::read(&self.repository, key).await?
+        {
+            return Ok(index);
+        }
+        let (segment, timeline) = place;
+        index::build(&self.repository, &self.gathered.known, timeline, segment, &self.gathered.wal.ranges).await
+    }
+}
+
+/// The moment and the plan for it. When something seems to be missing, everything is listed once more before that is
+/// believed.
+pub async fn plan(
+    repository: &Repository,
+    known: &KnownIncarnation,
+    environment: &str,
+    request: &Request,
+) -> Result<(Moment, Plan, Archive), Failure> {
+    let mut again = true;
+    loop {
+        let archive = Archive::load(repository, known).await?;
+        let planned = match archive.moment(request).await {
+            Ok(moment) => archive.plan(environment, &moment, &[]).map(|plan| (moment, plan)),
+            Err(failure) => Err(failure),
+        };
+        match planned {
+            Ok((moment, plan)) => return Ok((moment, plan, archive)),
+            Err(failure) if failure.code == Code::UnreachableTarget && again => again = false,
+            Err(failure) => return Err(failure),
+        }
+    }
+}
+
+fn unreachable(error: Unreachable) -> Failure {
+    Failure::new(Code::UnreachableTarget, format!("reach the target: {error}"))
+}
