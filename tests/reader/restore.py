@@ -244,7 +244,7 @@ def write_wal(repository, backup, target):
                 segments[found[1]].append((0, size, found[2], f"{base}/{timeline}/{name}"))
             elif found := re.fullmatch(r"([0-9A-F]{24})\.parts", name):
                 for part in os.listdir(wal / timeline / name):
-                    if p := re.fullmatch(r"([0-9a-f]{8})-([0-9a-f]{8})-([0-9a-f]{32})\.part", part):
+                    if p := re.fullmatch(r"([0-9A-F]{8})-([0-9A-F]{8})-([0-9a-f]{32})\.part", part):
                         piece = int(p[1], 16), int(p[2], 16), p[3], f"{base}/{timeline}/{name}/{part}"
                         segments[found[1]].append(piece)
         for name, pieces in sorted(segments.items()):
