@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use pgrecall::instance::Postmaster;
 use pgrecall::operations::restore::{Check, Observer, RestoreReport, RestoreRequest, execute};
@@ -19,15 +20,16 @@ use pgrecall::repository::store::StoreSettings;
 use pgrecall::repository::{BackupId, Location, Repository, Store, catalogue};
 use pgrecall::restore::gather::{self, PlanRequest};
 use pgrecall::restore::recovery::Finish;
+use pgrecall::restore::run::run;
 use pgrecall::restore::target::TablespacePlaces;
-use pgrecall::restore::{Plan, Stop, wal};
+use pgrecall::restore::{Plan, RestoreOptions, Stop, wal};
 use tokio_util::sync::CancellationToken;
 
 use crate::common::guard::{self, Directory};
 use crate::common::ledger::{Ledger, keep_wal, transaction_ends};
 use crate::common::pgrecall::{Environment, Pgrecall, Store as Place};
 use crate::common::postgres::{Cluster, Stop as How};
-use crate::common::{NEWEST, places, wait};
+use crate::common::{NEWEST, places, slow, wait};
 
 const MIB: u64 = 1 << 20;
 
@@ -402,4 +404,42 @@ async fn damaged_wal_stops_a_recovery_instead_of_ending_it_early() {
     restored.wait_writable();
     assert_eq!(restored.query("SELECT count(*) FROM t"), "0");
     restored.stop(How::Fast);
+}
+
+/// The most memory that this process had since `reset_peak`, in bytes.
+fn peak_bytes() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("read");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_large_restore_stays_within_its_memory() {
+    let scale = if slow() { "100" } else { "10" };
+    let cluster = keep_wal(Cluster::builder(NEWEST)).setting("max_wal_size", "4GB").start();
+    cluster.pgbench(&["-i", "-q", "-s", scale]);
+    let stored = Stored::new(&cluster, 16).await;
+    stored.put_backup(&cluster, None).await;
+    write_wal(&cluster, 100);
+    cluster.query("CREATE TABLE t (n int)");
+    let lsn = cluster.insert_lsn();
+    cluster.query("INSERT INTO t VALUES (1)");
+    let end_lsn = cluster.flush_lsn();
+    stored.put_wal(&cluster).await;
+    let plan = stored.plan(1, lsn, end_lsn).await;
+    let data = stored.dir.join("data");
+
+    // From here on the peak is the restore's, above what this process holds already.
+    std::fs::write("/proc/self/clear_refs", "5").expect("reset the peak");
+    let before = peak_bytes();
+    let begun = std::time::Instant::now();
+    let options = RestoreOptions::default();
+    let restored = run(&stored.repository, plan, &data, &options, Arc::default()).await.expect("restore");
+    let (elapsed, peak) = (begun.elapsed(), peak_bytes());
+    println!("scale {scale}: {elapsed:?}, peak {} MiB, before {} MiB", peak >> 20, before >> 20);
+    assert!(peak.saturating_sub(before) < 256 << 20, "{} MiB", peak.saturating_sub(before) >> 20);
+    drop(restored);
+    for name in ["base/1/1259", "global/pg_control"] {
+        assert!(data.join(name).exists(), "{name}");
+    }
 }
