@@ -8,11 +8,14 @@ mod config_check;
 mod daemon;
 mod incarnation;
 mod output;
+mod plan;
 mod progress;
+mod restore;
 mod server;
 mod slot;
 mod status;
 mod store_state;
+mod target;
 mod times;
 mod verify;
 mod wal_get;
@@ -50,6 +53,10 @@ enum Verb {
     Status(status::Arguments),
     /// List the backups of an environment
     Backups(backups::Arguments),
+    /// Say what a restore would do, exactly; nothing is written
+    Plan(plan::Arguments),
+    /// Restore a moment into an empty directory, and start PostgreSQL on it
+    Restore(restore::Arguments),
     /// Look for missing, cut or damaged objects and holes in the stored WAL
     Verify(verify::Arguments),
     /// Hand a WAL file to a recovering PostgreSQL (its restore_command)
@@ -113,6 +120,8 @@ fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
         Verb::Status(arguments) => block_on(until_interrupted(status::run(context, arguments))),
         Verb::Slot(verb) => block_on(until_interrupted(slot::run(context, verb))),
         Verb::Incarnation(verb) => block_on(until_interrupted(incarnation::run(context, verb))),
+        Verb::Plan(arguments) => block_on(until_interrupted(plan::run(context, arguments))),
+        Verb::Restore(arguments) => block_on(restore::run(context, arguments)),
         Verb::Verify(arguments) => block_on(verify::run(context, arguments)),
         Verb::WalGet(_) => Err(Failure::new(Code::Usage, "answer wal-get here: it has statuses of its own")),
         Verb::Backups(arguments) => block_on(until_interrupted(backups::run(context, arguments))),

@@ -64,6 +64,15 @@ impl Progress {
             }
         }
     }
+
+    /// A line that stays.
+    pub fn note(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| self.output.note(line)),
+            None if self.output.is_json() => {}
+            None => self.output.note(line),
+        }
+    }
 }
 
 impl Drop for Progress {

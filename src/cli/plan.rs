@@ -1,0 +1,22 @@
+//! `pgrecall plan ENV --to TARGET`: what a restore would do, exactly; reads only.
+
+use clap::Args;
+
+use super::Context;
+use super::target::{Planned, TargetArguments};
+use crate::error::Failure;
+
+#[derive(Debug, Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    target: TargetArguments,
+}
+
+pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    let config = context.load_config()?;
+    let environment = config.environment(&arguments.target.environment)?;
+    let repository = environment.open_repository().await?;
+    let planned = arguments.target.plan(environment, &repository).await?;
+    context.output.result(&planned, Planned::show);
+    Ok(())
+}

@@ -1,0 +1,242 @@
+//! `pgrecall restore ENV --to TARGET --into DIR`: a plan, executed, and a cluster that was looked at.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use clap::{Args, ValueEnum};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::progress::Progress;
+use super::target::{Planned, TargetArguments};
+use super::{Context, interrupted};
+use crate::config::Environment;
+use crate::error::{Code, Failure};
+use crate::operations::restore::{self, Observer, RestoreReport, RestoreRequest, execute};
+use crate::restore::recovery::Finish;
+use crate::restore::target::TablespacePlaces;
+use crate::restore::{Plan, fetch, follow};
+use crate::util::clock;
+
+/// Memory for the restored server's own cache while it replays.
+const SHARED_BUFFERS_BYTES: u64 = 128 << 20;
+/// How often what is fetched is shown.
+const LOOK_EVERY: std::time::Duration = std::time::Duration::from_millis(250);
+
+#[derive(Debug, Args)]
+pub struct Arguments {
+    #[command(flatten)]
+    target: TargetArguments,
+    /// The directory to restore into: empty, or not there yet
+    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
+    into: Option<PathBuf>,
+    /// Print the plan and do nothing
+    #[arg(long)]
+    dry_run: bool,
+    /// What becomes of the server at the target: a primary of its own, a read-only server, or none
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = FinishArgument::Promote)]
+    finish: FinishArgument,
+    /// How much is looked at: quick asks for the reached position and a session in every database, full also reads every
+    /// page and runs pg_amcheck
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = CheckArgument::Quick)]
+    check: CheckArgument,
+    /// Keep the source's configuration instead of a generated one under which the copy keeps to itself
+    #[arg(long)]
+    with_config: bool,
+    /// Start nothing: leave a directory that recovers by itself, exactly so far, when somebody starts it
+    #[arg(long)]
+    no_start: bool,
+    /// Where a tablespace goes
+    #[arg(long, value_name = "OLD=NEW", value_parser = parse_tablespace)]
+    tablespace: Vec<(PathBuf, PathBuf)>,
+    /// Where all other tablespaces go, each in a directory named by its oid
+    #[arg(long, value_name = "DIR")]
+    tablespaces_under: Option<PathBuf>,
+    /// A superuser of the restored cluster, for the checks
+    #[arg(long, value_name = "ROLE", default_value = "postgres")]
+    user: String,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum FinishArgument {
+    Promote,
+    Pause,
+    Shutdown,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum CheckArgument {
+    None,
+    Quick,
+    Full,
+}
+
+pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    let config = context.load_config()?;
+    let environment = config.environment(&arguments.target.environment)?;
+    let cancel = CancellationToken::new();
+    let work = async {
+        let repository = environment.open_repository().await?;
+        let planned = arguments.target.plan(environment, &repository).await?;
+        if arguments.dry_run {
+            context.output.result(&planned, Planned::show);
+            return Ok(());
+        }
+        let request = request_of(context, environment, &arguments)?;
+        if !context.output.is_json() {
+            context.output.note(format_args!("target: {}", planned.target_shown));
+        }
+        let mut watcher = Watcher::new(Progress::new(context.output));
+        let report = execute(&repository, planned.plan, &request, &mut watcher, cancel.clone()).await;
+        watcher.stop_fetching();
+        drop(watcher);
+        let report = report?;
+        context.output.result(&report, show);
+        Ok(())
+    };
+    let mut work = std::pin::pin!(work);
+    tokio::select! {
+        result = &mut work => return result,
+        () = interrupted() => cancel.cancel(),
+    }
+    // What was started is stopped in order; a second signal does not wait for it.
+    tokio::select! {
+        result = &mut work => result,
+        () = interrupted() => Err(Failure::new(Code::Cancelled, "finish: interrupted twice")),
+    }
+}
+
+fn request_of(context: &Context, environment: &Environment, arguments: &Arguments) -> Result<RestoreRequest, Failure> {
+    let missing = || Failure::new(Code::Usage, "restore: --into names no directory");
+    let absolute = |path: &PathBuf| {
+        std::path::absolute(path).map_err(|error| Failure::new(Code::Host, format!("find {}: {error}", path.display())))
+    };
+    let into = arguments.into.as_ref().ok_or_else(missing).and_then(absolute)?;
+    let places = TablespacePlaces { moved: arguments.tablespace.clone(), under: arguments.tablespaces_under.clone() };
+    Ok(RestoreRequest {
+        into,
+        finish: match arguments.finish {
+            FinishArgument::Promote => Finish::Promote,
+            FinishArgument::Pause => Finish::Pause,
+            FinishArgument::Shutdown => Finish::Shutdown,
+        },
+        check: match arguments.check {
+            CheckArgument::None => restore::Check::None,
+            CheckArgument::Quick => restore::Check::Quick,
+            CheckArgument::Full => restore::Check::Full,
+        },
+        with_config: arguments.with_config,
+        no_start: arguments.no_start,
+        tablespaces: places,
+        wal_get: wal_get_words(&absolute(&context.config_path)?)?,
+        postgres_bin_dirs: environment.restore.postgres_bin_dirs.clone(),
+        user: arguments.user.clone(),
+        shared_buffers_bytes: SHARED_BUFFERS_BYTES,
+    })
+}
+
+/// The restore_command of the restored server: this very program with this very configuration.
+fn wal_get_words(config: &std::path::Path) -> Result<Vec<String>, Failure> {
+    let program = std::env::current_exe();
+    let program = program.map_err(|error| Failure::new(Code::Host, format!("find this program: {error}")))?;
+    let text = |path: &std::path::Path| {
+        let wrong = || Failure::new(Code::Host, format!("use {}: its name is not UTF-8", path.display()));
+        path.to_str().map(str::to_owned).ok_or_else(wrong)
+    };
+    let mut words = vec![text(&program)?, "--config".to_owned(), text(config)?];
+    words.extend(["wal-get", "%f", "%p"].map(str::to_owned));
+    Ok(words)
+}
+
+fn parse_tablespace(text: &str) -> Result<(PathBuf, PathBuf), String> {
+    match text.split_once('=') {
+        Some((old, new)) if old.starts_with('/') && !new.is_empty() => Ok((old.into(), new.into())),
+        _ => Err("write OLD=NEW, with OLD as the source has it".to_owned()),
+    }
+}
+
+/// Shows how far a restore is.
+struct Watcher {
+    progress: Arc<std::sync::Mutex<Progress>>,
+    fetching: Option<JoinHandle<()>>,
+}
+
+impl Watcher {
+    fn new(progress: Progress) -> Self {
+        Watcher { progress: Arc::new(std::sync::Mutex::new(progress)), fetching: None }
+    }
+
+    fn stop_fetching(&mut self) {
+        if let Some(task) = self.fetching.take() {
+            task.abort();
+        }
+    }
+
+    fn with(&self, show: impl FnOnce(&mut Progress)) {
+        if let Ok(mut progress) = self.progress.lock() {
+            show(&mut progress);
+        }
+    }
+}
+
+impl Observer for Watcher {
+    fn fetching(&mut self, plan: &Plan, counters: Arc<fetch::Progress>) {
+        let (progress, total) = (Arc::clone(&self.progress), plan.backup.bytes);
+        self.fetching = Some(tokio::spawn(async move {
+            loop {
+                let done = counters.bytes.load(Ordering::Relaxed);
+                if let Ok(mut progress) = progress.lock() {
+                    progress.show("restoring files", done, Some(total));
+                }
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        }));
+    }
+
+    fn replaying(&mut self, plan: &Plan, seen: &follow::Progress) {
+        self.stop_fetching();
+        let (start, stop) = (plan.backup.start_lsn, plan.stop.end_lsn);
+        let total = stop.saturating_since(start);
+        let done = seen.replayed_lsn.map_or(0, |lsn| lsn.saturating_since(start)).min(total);
+        self.with(|progress| progress.show("replaying WAL", done, Some(total)));
+    }
+
+    fn usable(&mut self, psql: &str) {
+        self.stop_fetching();
+        self.with(|progress| progress.note(&format!("usable: {psql}")));
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.stop_fetching();
+    }
+}
+
+fn show(report: &RestoreReport) -> String {
+    use std::fmt::Write as _;
+    let side = if report.inclusive { "after" } else { "before" };
+    let mut text = format!(
+        "{} is restored into {} from backup {}, {side} {} on timeline {}",
+        report.environment,
+        report.directory.display(),
+        report.backup,
+        report.target_lsn,
+        report.timeline
+    );
+    if let Some(reached) = report.reached_lsn {
+        let _ = write!(text, "\nreached: {reached}");
+    }
+    if let Some(timeline) = report.new_timeline {
+        let _ = write!(text, "\ntakes writes on the new timeline {timeline}");
+    }
+    if let (Some(psql), Some(pid)) = (&report.psql, report.pid) {
+        let _ = write!(text, "\nserver process {pid}; connect with:\n  {psql}");
+    }
+    for remark in &report.remarks {
+        let _ = write!(text, "\nnote: {remark}");
+    }
+    let _ = write!(text, "\nfinished {}", clock::now().format("%Y-%m-%d %H:%M:%S UTC"));
+    text
+}
