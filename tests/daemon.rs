@@ -82,3 +82,87 @@ fn the_daemon_archives_one_environment_beside_a_broken_one_and_stores_the_tail_w
     let stored: pgrecall::pg::Lsn = stored.parse().expect("an LSN");
     assert!(stored >= end, "stored up to {stored}, committed up to {end}");
 }
+
+/// Runs a verb with `--json` and returns its document.
+fn ask(config: &Path, arguments: &[&str]) -> Result<serde_json::Value, String> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pgrecall"));
+    let run = command.args(arguments).args(["--json", "--config"]).arg(config).output().expect("run pgrecall");
+    match run.status.success() {
+        true => Ok(serde_json::from_slice(&run.stdout).expect("JSON on standard output")),
+        false => Err(String::from_utf8_lossy(&run.stderr).into_owned()),
+    }
+}
+
+/// Ends a server by its process id.
+struct Restored(String);
+
+impl Drop for Restored {
+    fn drop(&mut self) {
+        let _ = Command::new("kill").args(["-INT", &self.0]).status();
+        wait::until("the restored server ends", 30, || !Path::new("/proc").join(&self.0).exists());
+    }
+}
+
+fn restore(config: &Path, cluster: &Cluster, into: &Path, to: &str) -> (String, Restored) {
+    let into = into.to_str().expect("UTF-8");
+    let user = cluster.query("SELECT current_user");
+    let arguments = ["restore", "shop", "--to", to, "--into", into, "--user", &user];
+    let report = ask(config, &arguments).unwrap_or_else(|error| panic!("restore to {to}: {error}"));
+    let pid = Restored(report["pid"].to_string());
+    let psql = report["psql"].as_str().expect("how to connect");
+    let words: Vec<&str> = psql.split(' ').skip(1).collect();
+    let output = cluster.tool("psql").args(words).args(["-XAtc", "SELECT count(*) FROM orders"]).output();
+    let output = output.expect("run psql");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    (String::from_utf8_lossy(&output.stdout).trim().to_owned(), pid)
+}
+
+#[test]
+fn rows_deleted_by_accident_come_back_by_four_commands() {
+    let cluster = Cluster::start_new(NEWEST);
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let bin = crate::common::places::pg_bin(NEWEST);
+    let config = format!(
+        "[environment.shop]\npostgres = \"{}\"\nrepository = \"file://{}/repository\"\n\
+         restore.postgres_bin_dirs = [\"{}\"]\n",
+        cluster.conninfo(),
+        dir.path().display(),
+        bin.display()
+    );
+    cluster.query("CREATE TABLE orders AS SELECT generate_series(1, 1000) n");
+    let daemon = Daemon::start(dir.path(), &config);
+    let config = daemon.config.clone();
+    let backups = || Some(ask(&config, &["backups", "shop"]).ok()?["backups"].as_array()?.len());
+    let noted = |status: serde_json::Value| status["environments"][0]["daemon"]["backup"]["event"] == "done";
+    wait::until("the first backup is taken by itself", 60, || ask(&config, &["status"]).is_ok_and(noted));
+    assert_eq!(backups(), Some(1));
+    let asked = ask(&config, &["backup", "shop"]).expect("a backup that was asked for");
+    assert_eq!(asked["event"], "done", "{asked}");
+    assert_eq!(backups(), Some(2));
+
+    cluster.query("INSERT INTO orders SELECT generate_series(1001, 1500)");
+    let good =
+        cluster.query("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"')");
+    cluster.query("DELETE FROM orders");
+    cluster.query("SELECT txid_current()");
+    let plan = wait::for_value("the moment is covered", 60, || ask(&config, &["plan", "shop", "--to", &good]).ok());
+    assert!(plan["first_excluded"]["xid"].is_u64(), "{plan}");
+    assert_eq!(restore(&config, &cluster, &dir.path().join("before"), &good).0, "1500");
+
+    // The daemon gone, the server too: the store alone brings back the newest moment.
+    let newest = cluster.flush_lsn();
+    assert_eq!(daemon.stop(), Some(0));
+    drop(cluster.query("SELECT 1"));
+    let stored = ask(&config, &["status", "shop"]).expect("status");
+    let stored = stored["environments"][0]["store"]["stored_to_lsn"].as_str().expect("an LSN").parse();
+    assert!(stored.is_ok_and(|stored: pgrecall::pg::Lsn| stored >= newest));
+    assert_eq!(restore(&config, &cluster, &dir.path().join("latest"), "latest").0, "0");
+
+    // Without a daemon a backup is taken from here, and the earlier ones stay.
+    let alone = ask(&config, &["backup", "shop"]).expect("a backup without a daemon");
+    assert_eq!(alone["event"], "done", "{alone}");
+    assert_eq!(backups(), Some(3));
+    assert!(ask(&config, &["verify", "shop", "--read-data"]).is_ok());
+    let future = ask(&config, &["plan", "shop", "--to", "2099-01-01T00:00Z"]).expect_err("not there yet");
+    assert!(future.contains("unreachable-target"), "{future}");
+}

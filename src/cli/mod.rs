@@ -3,6 +3,7 @@
 //! Results go to standard output, as text or with `--json` as one JSON document; errors and progress go to standard
 //! error. The exit status is that of [`crate::error::Code`] (`docs/exit-codes.md`).
 
+mod backup;
 mod backups;
 mod config_check;
 mod daemon;
@@ -51,6 +52,8 @@ enum Verb {
     Daemon,
     /// Say to which moment each environment can be restored now, and what stands in the way
     Status(status::Arguments),
+    /// Take a backup now, by the running daemon or, without one, from here
+    Backup(backup::Arguments),
     /// List the backups of an environment
     Backups(backups::Arguments),
     /// Say what a restore would do, exactly; nothing is written
@@ -120,6 +123,7 @@ fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
         Verb::Status(arguments) => block_on(until_interrupted(status::run(context, arguments))),
         Verb::Slot(verb) => block_on(until_interrupted(slot::run(context, verb))),
         Verb::Incarnation(verb) => block_on(until_interrupted(incarnation::run(context, verb))),
+        Verb::Backup(arguments) => block_on(backup::run(context, arguments)),
         Verb::Plan(arguments) => block_on(until_interrupted(plan::run(context, arguments))),
         Verb::Restore(arguments) => block_on(restore::run(context, arguments)),
         Verb::Verify(arguments) => block_on(verify::run(context, arguments)),

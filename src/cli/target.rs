@@ -6,7 +6,9 @@ use serde::Serialize;
 use super::times;
 use crate::config::Environment;
 use crate::error::{Code, Failure};
-use crate::lineage::moment::{Moment, Request, Target};
+use crate::lineage::Target;
+use crate::lineage::moment::target::ParseTargetError;
+use crate::lineage::moment::{Moment, Request};
 use crate::operations::locate;
 use crate::pg::{TimelineId, Timestamp};
 use crate::repository::backup_object::Surroundings;
@@ -53,9 +55,10 @@ pub struct Transaction {
 impl TargetArguments {
     /// Finds the exact stop and plans the way there; reads only.
     pub async fn plan(&self, environment: &Environment, repository: &Repository) -> Result<Planned, Failure> {
-        let target: Target = self.to.parse().map_err(|error: crate::lineage::moment::ParseTargetError| {
-            Failure::new(Code::Usage, format!("understand the target: {error}"))
-        })?;
+        let target: Target = self
+            .to
+            .parse()
+            .map_err(|error: ParseTargetError| Failure::new(Code::Usage, format!("understand the target: {error}")))?;
         let timeline = self.timeline.map(TimelineId);
         let request = Request { target: target.clone(), exclusive: self.exclusive, timeline };
         let known = identity::current(repository).await?;

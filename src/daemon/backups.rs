@@ -34,6 +34,7 @@ pub struct Backups {
     gaps_seen: u32,
     pauses: Backoff,
     not_before: Instant,
+    next_look: Instant,
 }
 
 struct Running {
@@ -55,6 +56,7 @@ impl Backups {
             gaps_seen,
             pauses,
             not_before,
+            next_look: Instant::now(),
         }
     }
 
@@ -70,7 +72,9 @@ impl Backups {
     ///
     /// Cancel safety: safe; nothing is taken before it is dealt with.
     pub async fn step(&mut self) {
-        tokio::time::sleep(LOOK).await;
+        // A point in time, not a length: whoever drops this future again and again must not put it off for ever.
+        tokio::time::sleep_until(self.next_look).await;
+        self.next_look = Instant::now() + LOOK;
         match &mut self.running {
             Some(running) if running.task.is_finished() => self.ended().await,
             Some(running) => {

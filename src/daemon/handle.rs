@@ -83,15 +83,26 @@ impl Handle {
         Ok(receiver)
     }
 
-    fn send(&self, environment: &str, request: Request) -> Result<(), Failure> {
-        let Some(handle) = self.environments.get(environment) else {
+    /// What an environment's task says of itself, as it changes.
+    ///
+    /// # Errors
+    /// When there is no such environment.
+    pub fn watch(&self, environment: &str) -> Result<watch::Receiver<EnvironmentSnapshot>, Failure> {
+        self.find(environment).map(|handle| handle.snapshot.clone())
+    }
+
+    fn find(&self, environment: &str) -> Result<&EnvironmentHandle, Failure> {
+        self.environments.get(environment).ok_or_else(|| {
             let failure = Failure::new(Code::NotFound, format!("find environment {environment} in the daemon"));
-            return Err(match nearest(environment, self.environments.keys().map(String::as_str)) {
+            match nearest(environment, self.environments.keys().map(String::as_str)) {
                 Some(meant) => failure.hint(format!("Did you mean {meant}?")),
                 None => failure.hint("A daemon reads its configuration when it starts; it may need a restart."),
-            });
-        };
-        handle.requests.try_send(request).map_err(|error| match error {
+            }
+        })
+    }
+
+    fn send(&self, environment: &str, request: Request) -> Result<(), Failure> {
+        self.find(environment)?.requests.try_send(request).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => {
                 Failure::new(Code::Conflict, format!("ask {environment}: {REQUESTS_MAX} requests wait already"))
                     .retryable()

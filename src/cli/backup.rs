@@ -1,0 +1,135 @@
+//! `pgrecall backup ENV`: asks the running daemon; without one, archives and backs up in this process.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::progress::Progress;
+use super::{Context, interrupted};
+use crate::config::{Config, Environment};
+use crate::control::client::{Client, ClientError};
+use crate::control::protocol::BackupEvent;
+use crate::daemon::Daemon;
+use crate::daemon::environment::EnvironmentBody;
+use crate::daemon::snapshot::{EnvironmentSnapshot, State};
+use crate::daemon::supervisor::{Body, Pauses};
+use crate::error::{Code, Failure};
+
+/// How long WAL may need to flow where no daemon runs.
+const STREAMING_WAIT: Duration = Duration::from_secs(60);
+
+#[derive(Debug, Args)]
+pub struct Arguments {
+    /// The environment, as the configuration names it
+    #[arg(value_name = "ENV")]
+    environment: String,
+}
+
+pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    let config = context.load_config()?;
+    let environment = config.environment(&arguments.environment)?;
+    let mut progress = Progress::new(context.output);
+    let asked = tokio::select! {
+        biased;
+        () = interrupted() => {
+            let failure = Failure::new(Code::Cancelled, "wait for the backup: interrupted");
+            return Err(failure.hint("The daemon goes on with the backup; `pgrecall status` shows it."));
+        }
+        asked = ask_daemon(&config, environment, &mut progress) => asked,
+    };
+    let event = match asked {
+        Ok(event) => event,
+        Err(ClientError::NoDaemon(_)) => {
+            if !context.output.is_json() {
+                context.output.note("no daemon is running: archiving and backing up from here");
+            }
+            alone(&config, environment, &mut progress).await?
+        }
+        Err(ClientError::Failed(failure)) => return Err(failure),
+    };
+    drop(progress);
+    match event {
+        BackupEvent::Failed { error } => Err(error),
+        done => {
+            context.output.result(&done, |done| match done {
+                BackupEvent::Done { backup, summary, .. } => format!("backup {backup}: {summary}"),
+                BackupEvent::Running { .. } | BackupEvent::Failed { .. } => String::new(),
+            });
+            Ok(())
+        }
+    }
+}
+
+async fn ask_daemon(
+    config: &Config,
+    environment: &Environment,
+    progress: &mut Progress,
+) -> Result<BackupEvent, ClientError> {
+    let client = Client::new(&config.control_socket);
+    client.backup(environment.name.as_str(), |event| show(progress, event)).await
+}
+
+/// A service for this one environment, for as long as the backup takes.
+async fn alone(config: &Config, environment: &Environment, progress: &mut Progress) -> Result<BackupEvent, Failure> {
+    environment.connect()?;
+    let name = environment.name.to_string();
+    let body = EnvironmentBody { environment: environment.clone(), shutdown_grace: config.shutdown_grace };
+    let bodies = BTreeMap::from([(name.clone(), Arc::new(body) as Arc<dyn Body>)]);
+    let daemon = Daemon::start(bodies, Pauses::default(), CancellationToken::new());
+    let work = async {
+        let handle = daemon.handle();
+        wait_streaming(&name, handle.watch(&name)?, progress).await?;
+        let mut asked = handle.start_backup(&name)?;
+        loop {
+            let now = asked.borrow_and_update().clone();
+            let event = BackupEvent::from(&now);
+            if now.is_final() {
+                return Ok(event);
+            }
+            show(progress, &event);
+            if asked.changed().await.is_err() && !asked.borrow().is_final() {
+                return Err(Failure::new(Code::Internal, format!("take a backup of {name}: its task has ended")));
+            }
+        }
+    };
+    let result = tokio::select! {
+        biased;
+        () = interrupted() => Err(Failure::new(Code::Cancelled, format!("take a backup of {name}: interrupted"))),
+        result = work => result,
+    };
+    daemon.stop(config.shutdown_grace).await;
+    result
+}
+
+/// Waits until WAL flows: a backup without the WAL from its start on would be worth nothing.
+async fn wait_streaming(
+    name: &str,
+    mut snapshot: watch::Receiver<EnvironmentSnapshot>,
+    progress: &mut Progress,
+) -> Result<(), Failure> {
+    progress.show("waiting for WAL to flow", 0, None);
+    let decided = |snapshot: &EnvironmentSnapshot| {
+        matches!(snapshot.state, State::Streaming | State::Conflict | State::Failed | State::Stopped)
+    };
+    let _ = tokio::time::timeout(STREAMING_WAIT, snapshot.wait_for(decided)).await;
+    let reached = snapshot.borrow().clone();
+    if reached.state == State::Streaming {
+        return Ok(());
+    }
+    if let Some(failure) = reached.failure {
+        return Err(failure);
+    }
+    let code = if reached.state == State::Conflict { Code::Conflict } else { Code::Postgres };
+    let why = reached.detail.unwrap_or_else(|| "the server does not send WAL".to_owned());
+    Err(Failure::new(code, format!("take a backup of {name}: {why}")))
+}
+
+fn show(progress: &mut Progress, event: &BackupEvent) {
+    if let BackupEvent::Running { phase, bytes_done, bytes_total } = event {
+        progress.show(phase, *bytes_done, *bytes_total);
+    }
+}
