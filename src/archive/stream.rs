@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, Unit};
@@ -73,6 +74,7 @@ pub struct Stream<'a> {
     last_reported: Lsn,
     last_status: Instant,
     claims: Vec<Claim>,
+    claiming: Option<JoinHandle<()>>,
     switch: Option<(TimelineId, Lsn)>,
 }
 
@@ -95,6 +97,7 @@ impl<'a> Stream<'a> {
             last_reported: Lsn::ZERO,
             last_status: Instant::now(),
             claims: Vec::new(),
+            claiming: None,
             switch: None,
         }
     }
@@ -228,7 +231,7 @@ impl<'a> Stream<'a> {
         }
         if self.progress.mark_stored(stored.start_lsn, stored.end_lsn) {
             self.report(false).await?;
-            self.write_claims().await;
+            self.write_claims();
         }
         Ok(())
     }
@@ -238,7 +241,7 @@ impl<'a> Stream<'a> {
             Observation::Claim { server_time, lsn, source, margin_micros, run } => {
                 let timeline = self.progress.timeline();
                 self.claims.push(Claim { timeline, server_time, lsn, source, margin_micros, run });
-                self.write_claims().await;
+                self.write_claims();
             }
             Observation::Synchronous(synchronous) => {
                 let rpo = if synchronous { Duration::ZERO } else { self.context.settings.rpo };
@@ -254,20 +257,26 @@ impl<'a> Stream<'a> {
         Ok(())
     }
 
-    /// Stores the claims whose WAL is stored; a later claim of the same run makes the earlier ones superfluous.
-    async fn write_claims(&mut self) {
+    /// Stores the newest claim whose WAL is stored; it makes the earlier ones of its run superfluous. One at a time and
+    /// beside the stream: a store that hangs must not keep a status from the server. One that fails is made up for by the
+    /// next claim.
+    fn write_claims(&mut self) {
+        if self.claiming.as_ref().is_some_and(|task| !task.is_finished()) {
+            return;
+        }
         let stored = self.progress.reported();
         let Some(last) = self.claims.iter().rposition(|c| reaches(stored, c.lsn)) else { return };
-        let Some(claim) = self.claims.get(last).cloned() else { return };
-        let destination = self.uploader.destination();
-        match coverage::write(&destination.repository, destination.incarnation, &claim).await {
-            Ok(()) => {
-                self.claims.drain(..=last);
-                let until = claim.server_time.saturating_add_micros(-claim.margin_micros);
-                self.context.status.send_modify(|s| s.covered_until = Some(until));
+        let Some(claim) = self.claims.drain(..=last).next_back() else { return };
+        let (destination, status) = (self.uploader.destination().clone(), self.context.status.clone());
+        self.claiming = Some(tokio::spawn(async move {
+            match coverage::write(&destination.repository, destination.incarnation, &claim).await {
+                Ok(()) => {
+                    let until = claim.server_time.saturating_add_micros(-claim.margin_micros);
+                    status.send_modify(|s| s.covered_until = Some(until));
+                }
+                Err(error) => tracing::debug!(%error, "store a claim of coverage: failed, the next one follows"),
             }
-            Err(error) => tracing::debug!(%error, "store a claim of coverage: failed, will go on trying"),
-        }
+        }));
     }
 
     /// Tells the server how far WAL is stored: when that rose, or on demand.
