@@ -120,6 +120,14 @@ impl Path {
         self.legs.iter().rev().nth(1).map(|leg| leg.timeline)
     }
 
+    /// The beginning of this path that leads to `timeline`, open at its end.
+    #[must_use]
+    pub fn up_to(&self, timeline: TimelineId) -> Path {
+        let before = self.legs.iter().take_while(|leg| leg.timeline != timeline).copied();
+        let last = self.legs.iter().find(|leg| leg.timeline == timeline).copied();
+        Path { legs: before.chain(last.map(|leg| Leg { end_lsn: Lsn::MAX, ..leg })).collect() }
+    }
+
     /// The part of `timeline` on this path; `None` when the path does not touch it.
     pub fn leg(&self, timeline: TimelineId) -> Option<Leg> {
         self.legs.iter().find(|leg| leg.timeline == timeline).copied()

@@ -4,8 +4,8 @@ use super::unreachable::{Nearest, Place, Unreachable};
 use super::{ArchiveView, BackupPoint, Gap};
 use crate::lineage::coverage::{Claim, Covered, covered_until, proven};
 use crate::lineage::history::Path;
-use crate::lineage::stored::{Span, holes_between};
-use crate::pg::{Lsn, Timestamp};
+use crate::lineage::stored::{Span, StoredRanges, holes_between};
+use crate::pg::{Lsn, TimelineId, Timestamp};
 
 /// What is stored of one path, and the backups on it.
 #[derive(Debug)]
@@ -17,6 +17,7 @@ pub(super) struct Reach<'a> {
     pub backups: Vec<(&'a BackupPoint, Lsn)>,
     pub claims: Vec<&'a Claim>,
     gaps: &'a [Gap],
+    stored: &'a StoredRanges,
 }
 
 /// A position as recovery must reach it.
@@ -39,7 +40,7 @@ impl<'a> Reach<'a> {
         let first = backups.iter().map(|(backup, _)| backup.start_lsn).min().unwrap_or(Lsn::MAX);
         let spans = view.stored.spans_on(&path, first);
         let claims = proven(view.claims, &path, &spans);
-        Reach { path, spans, backups, claims, gaps: view.gaps }
+        Reach { path, spans, backups, claims, gaps: view.gaps, stored: view.stored }
     }
 
     pub fn holes(&self) -> Vec<Span> {
@@ -70,6 +71,19 @@ impl<'a> Reach<'a> {
             Some(_) => Err(Unreachable::NotCovered { nearest: self.nearest(needs.consistent_by) }),
             None => Err(self.before_backups(needs.consistent_by)),
         }
+    }
+
+    /// The timeline to recover to: the one of `lsn`, so that a server that goes on from there descends from it. Where its
+    /// last segment is stored only as the copy that a later timeline begins with, that one.
+    pub fn stop_timeline(&self, backup: &BackupPoint, lsn: Lsn, wal_end: Lsn) -> TimelineId {
+        let holder = self.path.timeline_at(lsn);
+        let later = self.path.legs().iter().map(|leg| leg.timeline).skip_while(|timeline| *timeline != holder);
+        let reaches = |timeline: &TimelineId| {
+            let path = self.path.up_to(*timeline);
+            path.holds(backup.timeline, backup.stop_lsn)
+                && self.stored.contiguous_end_on(&path, backup.start_lsn) >= wal_end
+        };
+        later.into_iter().find(reaches).unwrap_or(self.path.timeline())
     }
 
     /// No backup had ended yet.

@@ -1,13 +1,16 @@
 //! Goes through the segment indexes on a path and finds where a target is.
 
-use super::clock::{Anchor, Edge, Last, Passage, Passed};
-use super::reach::{Needs, Reach};
-use super::unreachable::{Place, Unreachable};
-use super::{ArchiveView, BackupPoint, ExactStop, Moment, Request, Target};
+use super::clock::{Anchor, Edge, Passage, Passed};
+use super::reach::Reach;
+use super::unreachable::Unreachable;
+use super::{ArchiveView, BackupPoint, Moment, Request, Target};
+
 use crate::lineage::history::Path;
 use crate::lineage::stored::Span;
 use crate::pg::{Lsn, TimelineId, Timestamp};
 use crate::wal::transactions::{Completeness, SegmentIndex, TransactionEnd};
+
+mod answer;
 
 /// How far past a time a clock must have gone on undisturbed for nothing behind it to matter, and how long before it a
 /// backup must have ended for nothing before it to matter.
@@ -150,9 +153,7 @@ impl<'a> Search<'a> {
     /// Whether further indexes can change nothing.
     pub fn is_done(&self) -> bool {
         match self.target {
-            Target::Lsn(lsn) => {
-                self.last_record.is_some_and(|record| record.lsn >= lsn) && self.end_after(lsn).is_some()
-            }
+            Target::Lsn(lsn) => self.is_past_goal() && self.end_after(lsn).is_some(),
             Target::Time(time) => {
                 // One passage, and the clock was seen to go on from there for an hour and never to come back.
                 let settled = Timestamp(time.0.saturating_add(SETTLED_MICROS));
@@ -162,10 +163,7 @@ impl<'a> Search<'a> {
                 let one = self.found.first().is_some_and(|found| found.excluded.is_some()) && self.found.len() == 1;
                 one && is_past && later.into_iter().all(|claim| claim.server_time > settled)
             }
-            Target::Backup(_) => {
-                let stop = self.named_backup.map_or(Lsn::MAX, |backup| backup.stop_lsn);
-                self.last_record.is_some_and(|record| record.lsn >= stop)
-            }
+            Target::Backup(_) => self.is_past_goal(),
             Target::Latest | Target::Xid(_) | Target::Name(_) => false,
         }
     }
@@ -280,6 +278,10 @@ impl<'a> Search<'a> {
     }
 
     fn note_last_record(&mut self, index: &SegmentIndex, leg_end: Lsn) {
+        // The first record past the goal is the one to stop at; one behind lost WAL would not do.
+        if self.is_past_goal() {
+            return;
+        }
         let last = index.last_record_lsn.zip(index.last_record_end_lsn).map(|(lsn, end_lsn)| Record { lsn, end_lsn });
         let whole = last.filter(|record| record.lsn < leg_end && self.is_stored(*record));
         // The last record itself may not be stored whole: the transaction end before it is.
@@ -331,220 +333,17 @@ impl<'a> Search<'a> {
         }
     }
 
+    /// A record starts at or after the position that is the target.
+    fn is_past_goal(&self) -> bool {
+        let goal = match self.target {
+            Target::Lsn(lsn) => Some(lsn),
+            _ => self.named_backup.map(|backup| backup.stop_lsn),
+        };
+        goal.is_some_and(|goal| self.last_record.is_some_and(|record| record.lsn >= goal))
+    }
+
     fn end_after(&self, lsn: Lsn) -> Option<TransactionEnd> {
         self.found.first().and_then(|found| found.excluded).filter(|end| end.lsn >= lsn)
-    }
-}
-
-/// Everything has been given: the answer.
-impl Search<'_> {
-    /// The moment, or why there is none.
-    ///
-    /// # Errors
-    /// See [`Unreachable`].
-    pub fn finish(mut self) -> Result<Moment, Unreachable> {
-        let end_lsn = self.reach.end_lsn();
-        self.finish_scan(end_lsn);
-        match self.target.clone() {
-            Target::Latest => {
-                self.check_indexed_to_end()?;
-                let found = self.after_last_record()?;
-                self.check_not_behind_gap()?;
-                self.moment(&found)
-            }
-            Target::Time(time) => self.finish_time(time, end_lsn),
-            Target::Lsn(lsn) => self.finish_lsn(lsn),
-            Target::Xid(xid) => self.finish_one(&format!("transaction {xid}")),
-            Target::Name(name) => self.finish_one(&format!("restore point {name:?}")),
-            Target::Backup(id) => self.finish_backup(&id),
-        }
-    }
-
-    fn finish_scan(&mut self, end_lsn: Lsn) {
-        if self.is_done() {
-            return;
-        }
-        self.look_at_claims(end_lsn);
-        self.settle_open(None);
-        let reached = self.reach.span_at(self.position).map_or(self.position, |span| span.start_lsn);
-        if self.position < end_lsn && !(self.is_tail && reached < self.position) {
-            self.jump(end_lsn);
-        }
-    }
-
-    fn finish_time(mut self, time: Timestamp, end_lsn: Lsn) -> Result<Moment, Unreachable> {
-        let last = self.passage.as_ref().map_or(Last::After, |passage| passage.last(end_lsn));
-        let mut open_end = None;
-        match last {
-            Last::After => {}
-            Last::Before => {
-                let covered = self.reach.covered().filter(|covered| covered.until >= time);
-                open_end = Some(covered.is_some());
-                if covered.is_some() {
-                    self.check_indexed_to_end()?;
-                    let found = self.after_last_record()?;
-                    self.found.push(found);
-                }
-            }
-            Last::Unknown(edge) => self.behind = Some(edge),
-        }
-        self.found.dedup_by_key(|found| found.excluded.map(|end| end.lsn));
-        let ways = self.found.len() + usize::from(self.behind.is_some()) + usize::from(open_end == Some(false));
-        if ways > 1 && !self.found.is_empty() {
-            return Err(Unreachable::Ambiguous { candidates: self.found.iter().map(|f| self.place_of(f)).collect() });
-        }
-        if let Some(found) = self.found.first().cloned() {
-            self.check_indexed_before(&found)?;
-            return self.moment(&found);
-        }
-        match self.behind {
-            Some(Edge::Gap(gap)) => Err(self.reach.in_gap(gap.start_lsn)),
-            Some(Edge::Start) => Err(self.before_first_backup(time)),
-            None => {
-                self.check_indexed_to_end()?;
-                Err(Unreachable::NotCovered { nearest: self.newest() })
-            }
-        }
-    }
-
-    fn finish_lsn(self, lsn: Lsn) -> Result<Moment, Unreachable> {
-        let record = self.last_record.filter(|record| record.lsn >= lsn);
-        let Some(record) = record else {
-            let in_hole = self.reach.holes().iter().any(|hole| hole.start_lsn <= lsn && lsn < hole.end_lsn);
-            if in_hole {
-                return Err(self.reach.in_gap(lsn));
-            }
-            if !self.elsewhere.is_empty() {
-                return Err(Unreachable::OnAnotherTimeline { timelines: self.elsewhere });
-            }
-            self.check_indexed_to_end()?;
-            return Err(Unreachable::NotCovered { nearest: self.newest() });
-        };
-        if self.reach.span_at(lsn).is_none() {
-            let first = self.reach.spans.first().map_or(Lsn::ZERO, |span| span.start_lsn);
-            let before = lsn < first;
-            return Err(if before { self.reach.before_backups(lsn) } else { self.reach.in_gap(lsn) });
-        }
-        let found = self.found.first();
-        let (included, excluded) = match found {
-            Some(found) => (found.included, found.excluded),
-            None => (self.last_end, None),
-        };
-        let end_lsn = excluded.map_or(record.end_lsn, |end| end.end_lsn.min(record.end_lsn));
-        let place = FoundPlace::At { lsn, end_lsn, inclusive: !self.exclusive, consistent_by: lsn };
-        self.moment(&Found { place, included, excluded })
-    }
-
-    /// A target that stands in the WAL by name, once.
-    fn finish_one(self, what: &str) -> Result<Moment, Unreachable> {
-        match self.found.as_slice() {
-            [found] => self.moment(found),
-            [] => {
-                self.check_indexed_to_end()?;
-                if let Some(span) = self.unindexed.first() {
-                    return Err(Unreachable::NotIndexed { span: *span, nearest: self.reach.nearest(span.start_lsn) });
-                }
-                Err(Unreachable::Unknown { what: what.to_owned(), timeline: self.reach.path.timeline() })
-            }
-            several => Err(Unreachable::Ambiguous { candidates: several.iter().map(|f| self.place_of(f)).collect() }),
-        }
-    }
-
-    fn finish_backup(self, id: &str) -> Result<Moment, Unreachable> {
-        let backup = self.reach.backups.iter().find(|(backup, _)| backup.id == id);
-        let Some((backup, wal_end)) = backup.copied() else {
-            let stop = self.named_backup.map_or(Lsn::ZERO, |backup| backup.stop_lsn);
-            return Err(self.reach.in_gap(stop));
-        };
-        let stop = |lsn, inclusive| ExactStop { timeline: self.reach.path.timeline_at(lsn), lsn, inclusive };
-        let next = self.last_record.filter(|record| record.lsn >= backup.stop_lsn && record.end_lsn <= wal_end);
-        let (stop, wal_end_lsn) = match (self.found.first().map(|found| found.place), next, self.last_record) {
-            (Some(FoundPlace::At { lsn, .. }), ..) => (stop(lsn, true), backup.stop_lsn),
-            // A backup of a standby has no record of its own for its end.
-            (_, Some(next), _) => (stop(backup.stop_lsn, false), next.end_lsn),
-            (_, None, Some(last)) if last.end_lsn >= backup.stop_lsn => (stop(last.lsn, true), last.end_lsn),
-            _ => {
-                self.check_indexed_to_end()?;
-                return Err(Unreachable::NotCovered { nearest: self.newest() });
-            }
-        };
-        let (last_included, first_excluded) =
-            self.found.first().map_or((None, None), |found| (found.included, found.excluded));
-        let wal_start_lsn = backup.start_lsn;
-        Ok(Moment { stop, backup: backup.id.clone(), wal_start_lsn, wal_end_lsn, last_included, first_excluded })
-    }
-
-    fn after_last_record(&self) -> Result<Found, Unreachable> {
-        let record = self.last_record.ok_or_else(|| {
-            let span = Span { start_lsn: self.scan_from, end_lsn: self.reach.end_lsn() };
-            Unreachable::NotIndexed { span, nearest: self.reach.nearest(span.start_lsn) }
-        })?;
-        let Record { lsn, end_lsn } = record;
-        let place = FoundPlace::At { lsn, end_lsn, inclusive: true, consistent_by: end_lsn };
-        Ok(Found { place, included: self.last_end, excluded: None })
-    }
-
-    fn moment(&self, found: &Found) -> Result<Moment, Unreachable> {
-        let FoundPlace::At { lsn, end_lsn, inclusive, consistent_by } = found.place else {
-            return Err(Unreachable::NotCovered { nearest: self.newest() });
-        };
-        let backup = self.reach.backup_for(Needs { consistent_by, wal_end: end_lsn })?;
-        Ok(Moment {
-            stop: ExactStop { timeline: self.reach.path.timeline_at(lsn), lsn, inclusive },
-            backup: backup.id.clone(),
-            wal_start_lsn: backup.start_lsn,
-            wal_end_lsn: end_lsn.max(backup.stop_lsn),
-            last_included: found.included,
-            first_excluded: found.excluded,
-        })
-    }
-
-    fn place_of(&self, found: &Found) -> Place {
-        let lsn = match found.place {
-            FoundPlace::At { lsn, .. } => lsn,
-            FoundPlace::BeforeNextEnd => self.position,
-        };
-        self.reach.place(lsn, found.excluded.or(found.included).map(|end| end.time))
-    }
-
-    /// The newest moment that can be reached.
-    fn newest(&self) -> super::Nearest {
-        let by_claim = self.reach.covered().map(|covered| self.reach.place(covered.lsn, Some(covered.until)));
-        let by_record = self.last_record.map(|record| self.reach.place(record.lsn, self.last_end.map(|end| end.time)));
-        super::Nearest { earlier: by_claim.or(by_record), later: None }
-    }
-
-    fn before_first_backup(&self, time: Timestamp) -> Unreachable {
-        let first = self.reach.backups.first().map_or(Lsn::ZERO, |(backup, _)| backup.stop_lsn);
-        let inside = self.reach.claims.iter().rfind(|claim| claim.lsn < first && claim.server_time <= time);
-        let lsn = inside.map_or(Lsn::ZERO, |claim| claim.lsn);
-        self.reach.before_backups(lsn)
-    }
-
-    /// The last stored WAL is behind a hole, and no backup lies behind it yet.
-    fn check_not_behind_gap(&self) -> Result<(), Unreachable> {
-        let reached = self.reach.backups.iter().map(|(_, end)| *end).max().unwrap_or(Lsn::ZERO);
-        if reached < self.reach.end_lsn() { Err(self.reach.in_gap(reached)) } else { Ok(()) }
-    }
-
-    fn check_indexed_before(&self, found: &Found) -> Result<(), Unreachable> {
-        // Where no end follows, that must be known of all WAL that follows.
-        let to = match (found.place, found.excluded) {
-            (FoundPlace::BeforeNextEnd, _) => Lsn::MAX,
-            (FoundPlace::At { .. }, Some(end)) => end.lsn,
-            (FoundPlace::At { lsn, .. }, None) => self.reach.span_at(lsn).map_or(lsn, |span| span.end_lsn),
-        };
-        match self.unindexed.iter().find(|span| span.start_lsn < to) {
-            Some(span) => Err(Unreachable::NotIndexed { span: *span, nearest: self.reach.nearest(span.start_lsn) }),
-            None => Ok(()),
-        }
-    }
-
-    fn check_indexed_to_end(&self) -> Result<(), Unreachable> {
-        match self.unindexed.iter().find(|span| span.end_lsn >= self.reach.end_lsn()) {
-            Some(span) => Err(Unreachable::NotIndexed { span: *span, nearest: self.reach.nearest(span.start_lsn) }),
-            None => Ok(()),
-        }
     }
 }
 

@@ -385,3 +385,93 @@ fn a_search_needs_only_what_lies_around_its_target() {
     assert!(given < 5, "{given} indexes");
     archive.check("t:51840", "before 1020 on 1 from b2");
 }
+
+proptest::proptest! {
+    /// With a clock that never goes back: exactly the transactions that ended until then, whatever was archived how.
+    #[test]
+    fn a_steady_clock_gives_exactly_what_had_ended(
+        steps in proptest::collection::vec(0_u64..50, 1..40),
+        wanted in 0_u64..1_200,
+        exclusive: bool,
+        later in 0_u64..300,
+    ) {
+        let mut time = 10;
+        let ends: Vec<(u64, f64)> = steps.iter().enumerate().map(|(n, step)| {
+            time += step;
+            (120 + n as u64 * 7, time as f64)
+        }).collect();
+        let covered = time + later;
+        let mut archive = Archive::new(&ends, 420);
+        archive.claim(ONE, "a", covered as f64, 420);
+        let target = format!("t:{wanted}{}", if exclusive { " exclusive" } else { "" });
+        let past = |time: f64| time > wanted as f64 || (exclusive && time >= wanted as f64);
+        let expected = ends.iter().find(|(_, time)| past(*time));
+        match archive.find(&target) {
+            Ok(moment) => {
+                let first = moment.first_excluded.map(|end| end.lsn);
+                proptest::prop_assert_eq!(first, expected.map(|(place, _)| at(*place)));
+                proptest::prop_assert!(wanted >= 10 && (expected.is_some() || wanted < covered));
+            }
+            Err(Unreachable::NotCovered { .. }) => proptest::prop_assert!(expected.is_none() && wanted + 1 > covered),
+            Err(Unreachable::BeforeWindow { .. }) => proptest::prop_assert!(wanted < 10),
+            Err(other) => proptest::prop_assert!(false, "{other:?}"),
+        }
+    }
+
+    /// Whatever is stored, lost, claimed and not indexed: nothing panics, and a moment can be reached from its backup.
+    #[test]
+    fn every_moment_can_be_reached(
+        ends in proptest::collection::btree_map(101_u64..800, 0_u64..200, 0..30),
+        stored in proptest::collection::vec((100_u64..800, 1_u64..300), 1..5),
+        backups in proptest::collection::vec((100_u64..700, 1_u64..90, 0_u64..200), 0..4),
+        claims in proptest::collection::vec((1_u32..3, 0_u64..250, 100_u64..800), 0..6),
+        fork in 150_u64..700,
+        missing in proptest::collection::vec(0_usize..16, 0..3),
+        wanted in 0_u64..250,
+        kind in 0_u8..6,
+        timeline in 0_u32..4,
+    ) {
+        let ends: Vec<(u64, f64)> = ends.into_iter().map(|(place, time)| (place, time as f64)).collect();
+        let mut archive = Archive::new(&ends, 150);
+        archive.history.add(TWO, format!("1\t{}\tx\n", at(fork)).parse().expect("well formed")).expect("no conflict");
+        archive.followed = if fork % 2 == 0 { ONE } else { TWO };
+        for (n, (start, length)) in stored.iter().enumerate() {
+            archive.stored.add(if n % 2 == 0 { ONE } else { TWO }, at(*start), at(start + length));
+        }
+        archive.indexes.clear();
+        archive.index(ONE, 100, 790, &ends);
+        archive.index(TWO, fork / 100 * 100, 795, &ends);
+        for at in missing {
+            if at < archive.indexes.len() {
+                archive.indexes.remove(at);
+            }
+        }
+        for (n, (start, length, time)) in backups.into_iter().enumerate() {
+            archive.backup(&format!("b{}", n + 2), if start < fork { ONE } else { TWO }, start, start + length, time as f64);
+        }
+        for (timeline, time, place) in claims {
+            archive.claim(TimelineId(timeline), &timeline.to_string(), time as f64, place);
+        }
+        let target = match kind {
+            0 => Target::Latest,
+            1 => Target::Lsn(at(100 + wanted * 3)),
+            2 => Target::Xid(wanted * 3 + 100),
+            3 => Target::Backup("b2".to_owned()),
+            _ => Target::Time(second(wanted as f64)),
+        };
+        let timeline = (1..3).contains(&timeline).then_some(TimelineId(timeline));
+        let request = Request { target, exclusive: kind == 5, timeline };
+        match resolve(&request, &archive.view(), &archive.indexes) {
+            Ok(moment) => {
+                let backup = archive.backups.iter().find(|backup| backup.id == moment.backup).expect("one of them");
+                let path = archive.history.path_to(moment.stop.timeline).expect("known");
+                let reached = archive.stored.contiguous_end_on(&path, backup.start_lsn);
+                proptest::prop_assert!(path.holds(backup.timeline, backup.stop_lsn), "{moment:?}");
+                proptest::prop_assert!(moment.wal_end_lsn <= reached, "{moment:?} {reached}");
+                proptest::prop_assert!(moment.stop.lsn < moment.wal_end_lsn, "{moment:?}");
+                proptest::prop_assert!(moment.stop.inclusive || backup.stop_lsn <= moment.stop.lsn, "{moment:?}");
+            }
+            Err(error) => drop(error.to_string()),
+        }
+    }
+}
