@@ -22,6 +22,7 @@ mod daemon;
 mod end_to_end;
 mod harness;
 mod instance;
+mod reader;
 mod recovery;
 mod replication;
 mod restore;

@@ -90,7 +90,7 @@ class Adapter(Tool):
         for name in names:
             if re.search(segment + r"-[0-9a-f]{32}\.wal$", name):
                 return True
-            if part := re.search(segment + r"\.parts/([0-9a-f]{8})-([0-9a-f]{8})-", name):
+            if part := re.search(segment + r"\.parts/([0-9A-F]{8})-([0-9A-F]{8})-", name):
                 ranges.append((int(part[1], 16), int(part[2], 16)))
         covered = 0
         for start, end in sorted(ranges):

@@ -229,6 +229,16 @@ impl Pgrecall {
         }
     }
 
+    /// Waits until an environment has a backup: the daemon takes the first one by itself.
+    #[track_caller]
+    pub fn wait_for_backup(&self, environment: &str) {
+        wait::until("the first backup", 120, || {
+            let list = self.try_run(&["backups", environment, "--json"]);
+            let list: serde_json::Value = serde_json::from_str(&list.stdout).unwrap_or_default();
+            list["backups"].as_array().is_some_and(|b| !b.is_empty())
+        });
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.daemon.as_mut().is_some_and(|d| d.ended().is_none())
     }

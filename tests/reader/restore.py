@@ -206,9 +206,8 @@ def write_files(repository, backup, target, tablespaces):
             path.write_text("".join(f"{oid} {new}\n" for oid, new in moved.items()))
         else:
             path.write_bytes(read_file(repository, file, packs))
-    for file, _ in files:
-        if file["k"] != "l":
-            os.chmod(place(file["p"]), file["m"])
+    for file in (f for f, _ in files if f["k"] != "l"):
+        os.chmod(place(file["p"]), file["m"])
     os.chmod(target, 0o700)
     return sum(file["k"] == "f" for file, _ in files)
 
@@ -245,8 +244,7 @@ def write_wal(repository, backup, target):
             elif found := re.fullmatch(r"([0-9A-F]{24})\.parts", name):
                 for part in os.listdir(wal / timeline / name):
                     if p := re.fullmatch(r"([0-9A-F]{8})-([0-9A-F]{8})-([0-9a-f]{32})\.part", part):
-                        piece = int(p[1], 16), int(p[2], 16), p[3], f"{base}/{timeline}/{name}/{part}"
-                        segments[found[1]].append(piece)
+                        segments[found[1]].append((int(p[1], 16), int(p[2], 16), p[3], f"{base}/{timeline}/{name}/{part}"))
         for name, pieces in sorted(segments.items()):
             number = int(name[8:16], 16) * (0x100000000 // size) + int(name[16:], 16)
             if number >= first:
