@@ -16,6 +16,16 @@ use crate::repository::catalogue::{Gap, HistoryObject, WalListing};
 use crate::repository::{BackupId, Incarnation};
 use crate::util::units::show_bytes;
 
+/// Settings that replay needs at least as large as they were.
+const REPLAY_SETTINGS: [&str; 6] = [
+    "wal_level",
+    "max_connections",
+    "max_worker_processes",
+    "max_wal_senders",
+    "max_prepared_transactions",
+    "max_locks_per_transaction",
+];
+
 /// Where replay ends, as PostgreSQL is told it: before (exclusive) or after the record that starts at `lsn`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stop {
@@ -60,10 +70,19 @@ pub struct Plan {
     pub wal_fetch_bytes: u64,
     /// Space that the data directory and tablespaces take before replay begins, WAL included.
     pub disk_bytes: u64,
+    /// Settings that the restored server must have at least as large, as far as the backup knows them.
+    #[serde(default)]
+    pub settings: Vec<PlannedSetting>,
     /// What this host lacks to run the cluster.
     pub lacks: Vec<String>,
     /// What the operator should know.
     pub notes: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PlannedSetting {
+    pub name: String,
+    pub value: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -199,6 +218,7 @@ impl Plan {
                 .totals
                 .bytes
                 .saturating_add(wal_bytes.min(super::wal::disk_bytes_max(input.segment_size))),
+            settings: settings(backup),
             lacks: input.lacks.to_vec(),
             notes: notes(backup),
         })
@@ -259,6 +279,9 @@ impl fmt::Display for Plan {
         writeln!(f, "  WAL       {} segments, {} to fetch", self.wal.len(), show_bytes(self.wal_fetch_bytes))?;
         writeln!(f, "  fetch     {} in all", show_bytes(self.fetch_bytes()))?;
         writeln!(f, "  disk      {} before replay", show_bytes(self.disk_bytes))?;
+        for setting in &self.settings {
+            writeln!(f, "  setting   {} at least {}", setting.name, setting.value)?;
+        }
         for lack in &self.lacks {
             writeln!(f, "  missing   {lack}")?;
         }
@@ -367,6 +390,13 @@ fn explain(input: &PlanInput<'_>, backup: &BackupCommit, error: PlanError) -> Pl
     let later = input.backups.iter().filter(|b| b.timeline == timeline && b.start_lsn >= end);
     let after = later.map(|b| (b.timeline, b.stop_lsn)).min_by_key(|(_, lsn)| *lsn);
     PlanError::Hole { timeline, start, end, cause, nearest: Nearest { before, after } }
+}
+
+/// What replay needs at least as large (`CheckRequiredParameterValues`); the restored `pg_control` has the last word.
+fn settings(backup: &BackupCommit) -> Vec<PlannedSetting> {
+    let needed = |name: &str| REPLAY_SETTINGS.contains(&name);
+    let all = backup.surroundings.settings.iter().filter(|s| needed(&s.name));
+    all.map(|s| PlannedSetting { name: s.name.clone(), value: s.value.clone() }).collect()
 }
 
 fn notes(backup: &BackupCommit) -> Vec<String> {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::pg::timeline::HistoryEntry;
-use crate::repository::backup_object::{Surroundings, TablePacks, Totals};
+use crate::repository::backup_object::{Setting, Surroundings, TablePacks, Totals};
 use crate::repository::catalogue::WalObject;
 use crate::repository::layout::{ContentHash, Key, WalRange};
 use crate::util::digest::Digest;
@@ -209,7 +209,13 @@ fn conflicts_and_unknown_timelines_are_refused() {
 
 #[test]
 fn a_plan_survives_json() {
-    let plan = plan(&family(), 3, 8 * MIB).expect("plan");
+    let mut stored = family();
+    for (name, value) in [("max_connections", "300"), ("work_mem", "4MB")] {
+        let setting = Setting { name: name.into(), value: value.into(), file: None };
+        stored.backups[0].surroundings.settings.push(setting);
+    }
+    let plan = plan(&stored, 3, 8 * MIB).expect("plan");
+    assert!(plan.to_string().contains("max_connections at least 300") && !plan.to_string().contains("work_mem"));
     let text = serde_json::to_string(&plan).expect("JSON");
     assert_eq!(serde_json::from_str::<Plan>(&text).expect("back"), plan);
     assert!(plan.to_string().contains("timelines 1 → 2 → 3"), "{plan}");
