@@ -23,7 +23,7 @@ use super::uploader::{Destination, Uploader};
 use crate::pg::timeline::HistoryFile;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::replication::session::SystemIdentity;
-use crate::replication::{ConnectConfig, ReplicationError, Session, StartReplication};
+use crate::replication::{ConnectConfig, ReplicationError, Session, Sql, StartReplication};
 use crate::repository::catalogue::{self, Gap};
 use crate::repository::codec::Kind;
 use crate::repository::identity::{self, Identity};
@@ -31,6 +31,9 @@ use crate::repository::layout::ContentHash;
 use crate::repository::{Generation, Key, Repository};
 use crate::util::clock;
 use crate::util::retry::Backoff;
+
+/// How long the index of the last segments may take after a stream; what is not stored then is made later.
+const INDEXING_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Everything that an archiver needs.
 pub struct Archiver {
@@ -75,7 +78,11 @@ impl Archiver {
         while !cancel.is_cancelled() {
             match self.attempt(&mut connections, cancel).await {
                 Ok(Attempt::Stop) => break,
-                Ok(Attempt::Next) => backoff.reset(),
+                Ok(Attempt::Next) => {
+                    backoff.reset();
+                    // Whatever makes us go on at once, again and again, must not become a busy loop.
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                }
                 Ok(Attempt::Again(state)) => self.pause(state, &mut backoff, cancel).await,
                 Err(error) => {
                     let state = State::Disconnected(format!("{error:#}"));
@@ -179,7 +186,7 @@ impl Archiver {
                 }
             }
         }
-        Ok(ServerPosition { timeline, flush_lsn, history })
+        Ok(ServerPosition { timeline, flush_lsn, slot_restart_lsn: None, history })
     }
 
     async fn store_history(
@@ -210,28 +217,27 @@ impl Archiver {
         let gaps = catalogue::list_gaps(&to.repository, to.incarnation).await.context("list gaps")?;
         // The repository was listed first; a server asked before it could seem to be behind.
         server.identity = server.session.identify_system().await?;
-        let position = ServerPosition { flush_lsn: server.identity.flush_lsn, ..position.clone() };
         server.session.create_physical_slot(&self.settings.slot).await.context("create the replication slot")?;
+        let slot_restart_lsn = self.slot_restart(&mut server.session, server.host_index).await?;
+        let flush_lsn = server.identity.flush_lsn;
+        let position = ServerPosition { flush_lsn, slot_restart_lsn, ..position.clone() };
         match resume::plan(&position, &listing, &gaps, size) {
             Ok(Some(resume)) => Ok(Ok(resume)),
-            Ok(None) => Ok(Ok(self.begin_at_slot(server, size).await?)),
+            Ok(None) => Ok(Ok(begin_at_slot(server.identity, slot_restart_lsn, size))),
             Err(conflict) => Ok(Err(conflict)),
         }
     }
 
-    /// The first stream of an empty repository begins where the slot keeps WAL from.
-    async fn begin_at_slot(&self, server: &mut Server, size: SegmentSize) -> anyhow::Result<Resume> {
-        let from = self.slot_restart(server).await?.unwrap_or(server.identity.flush_lsn);
-        let start_lsn = Lsn(from.0 / super::assembler::unit_bytes(size) * super::assembler::unit_bytes(size));
-        let timeline = server.identity.timeline;
-        let (reported_lsn, stored_lsn, contiguous_from) = (start_lsn, start_lsn, start_lsn);
-        Ok(Resume { timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known: Vec::new() })
-    }
-
-    async fn slot_restart(&self, server: &mut Server) -> anyhow::Result<Option<Lsn>> {
-        match server.session.read_slot(&self.settings.slot).await {
+    /// Where our slot keeps WAL from; `None` when it keeps nothing, or cannot be asked (14 without SQL).
+    async fn slot_restart(&self, session: &mut Session, host_index: usize) -> anyhow::Result<Option<Lsn>> {
+        match session.read_slot(&self.settings.slot).await {
             Ok(slot) => Ok(slot.and_then(|s| s.restart_lsn)),
-            Err(ReplicationError::Unsupported(_)) => Ok(None),
+            Err(ReplicationError::Unsupported(_)) => {
+                let Ok(mut sql) = Sql::connect(&self.connect, host_index).await else { return Ok(None) };
+                let slots = sql.slots().await.unwrap_or_default();
+                sql.close().await;
+                Ok(slots.into_iter().find(|s| s.name == self.settings.slot).and_then(|s| s.restart_lsn))
+            }
             Err(error) => Err(error).context("read the replication slot"),
         }
     }
@@ -275,11 +281,20 @@ impl Archiver {
         };
         let (reader, sender) = stream.split();
         let uploader = Uploader::new(destination.clone(), self.settings.puts_in_flight, trouble);
-        let (ended, _reader) = Stream::new(context, resume, sender, uploader).run(reader, cancel).await;
+        let (ended, _reader) = Stream::new(context, resume.clone(), sender, uploader).run(reader, cancel).await;
         observer.stop().await;
         drop(units);
-        let _ = indexing.await;
-        self.after(ended, &destination, timeline).await
+        let stop_indexing = indexing.abort_handle();
+        if tokio::time::timeout(INDEXING_PATIENCE, indexing).await.is_err() {
+            stop_indexing.abort();
+        }
+        match ended {
+            // Before 18 the server takes the request, and says only then that it has the WAL no more.
+            Ended::Lost(error @ (ReplicationError::SegmentRemoved(_) | ReplicationError::SlotInvalidated(_))) => {
+                self.refused(error, &destination, &resume, host_index).await
+            }
+            ended => self.after(ended, &destination, timeline).await,
+        }
     }
 
     async fn after(&self, ended: Ended, destination: &Destination, timeline: TimelineId) -> anyhow::Result<Attempt> {
@@ -323,6 +338,9 @@ impl Archiver {
     }
 
     /// The byte that we lack is gone from this server: believed after a fresh listing that still lacks it.
+    ///
+    /// The gap ends where the slot keeps WAL from. A slot that still keeps WAL is not touched: dropping it would let the
+    /// server remove more.
     async fn record_gap(
         &self,
         destination: &Destination,
@@ -333,34 +351,46 @@ impl Archiver {
         let Destination { repository, incarnation, segment_size } = destination;
         let listing = catalogue::list_wal(repository, *incarnation, *segment_size).await?;
         let gaps = catalogue::list_gaps(repository, *incarnation).await?;
-        let (_, stored) = resume::prefix(&listing, &gaps, resume.timeline, *segment_size);
+        let begin = Some(resume.start_lsn);
+        let (_, stored) = resume::prefix(&listing, &gaps, resume.timeline, begin, *segment_size);
         if stored > resume.stored_lsn {
             return Ok(Attempt::Next);
         }
-        let (mut session, _) = connect(&self.connect, host_index).await?;
-        // An invalidated slot keeps nothing: the new one begins at the last redo pointer.
-        let _ = session.drop_slot(&self.settings.slot).await;
-        session.create_physical_slot(&self.settings.slot).await?;
-        let restart = match session.read_slot(&self.settings.slot).await {
-            Ok(slot) => slot.and_then(|s| s.restart_lsn),
-            Err(ReplicationError::Unsupported(_)) => None,
-            Err(error) => return Err(error.into()),
-        };
-        let restart = restart.unwrap_or(session.identify_system().await?.flush_lsn);
+        let (mut session, identity) = connect(&self.connect, host_index).await?;
+        let start_lsn = resume.stored_lsn;
+        let mut restart = self.slot_restart(&mut session, host_index).await?;
+        if restart.is_none_or(|restart| restart <= start_lsn) {
+            // It keeps nothing, or says that it keeps what is gone (a report moves it back; an invalidated one of 16 and 17
+            // protects nothing even then). A new one begins at the last redo pointer.
+            match session.drop_slot(&self.settings.slot).await {
+                Ok(()) | Err(ReplicationError::SlotMissing(_)) => {}
+                Err(error) => return Err(error).context("drop the slot that lost its WAL"),
+            }
+            session.create_physical_slot(&self.settings.slot).await?;
+            restart = self.slot_restart(&mut session, host_index).await?;
+        }
         session.close().await;
         let starts = listing.ranges.iter().map(|o| &o.range).filter(|r| r.timeline == resume.timeline);
-        let next_stored = starts.map(|r| r.start_lsn(*segment_size)).filter(|s| *s > stored).min();
-        let end_lsn = segment_size.start_of(restart).min(next_stored.unwrap_or(Lsn::MAX));
-        if end_lsn <= stored {
-            return Ok(Attempt::Next);
+        let next_stored = starts.map(|r| r.start_lsn(*segment_size)).filter(|s| *s > start_lsn).min();
+        let kept = segment_size.start_of(restart.unwrap_or(identity.flush_lsn));
+        let end_lsn = kept.min(next_stored.unwrap_or(Lsn::MAX));
+        if end_lsn <= start_lsn {
+            anyhow::bail!("{cause}; and the slot keeps no WAL after {start_lsn}");
         }
-        let (timeline, start_lsn, found_at) = (resume.timeline, stored, clock::now().into());
+        let (timeline, found_at) = (resume.timeline, clock::now().into());
         let gap = Gap { timeline, start_lsn, end_lsn, found_at, cause: cause.to_owned() };
         catalogue::write_gap(repository, *incarnation, &gap).await.context("record a gap")?;
         tracing::error!(%timeline, %start_lsn, %end_lsn, cause, "WAL is missing for good: a gap is recorded");
         self.status.send_modify(|s| s.gaps_found += 1);
         Ok(Attempt::Next)
     }
+}
+
+/// The first stream of an empty repository begins where the slot keeps WAL from.
+fn begin_at_slot(identity: SystemIdentity, slot_restart_lsn: Option<Lsn>, size: SegmentSize) -> Resume {
+    let start_lsn = size.start_of(slot_restart_lsn.unwrap_or(identity.flush_lsn));
+    let (reported_lsn, stored_lsn, contiguous_from) = (start_lsn, start_lsn, start_lsn);
+    Resume { timeline: identity.timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known: Vec::new() }
 }
 
 async fn connect(config: &ConnectConfig, host_index: usize) -> Result<(Session, SystemIdentity), ReplicationError> {

@@ -2,7 +2,8 @@
 //!
 //! Of the timelines on the server's path the newest that has stored WAL is the one to go on with; when it is stored up to
 //! its switch point, the next one begins at the start of the segment that holds the switch point. A hole ends the stored
-//! prefix unless it is a recorded gap: stored bytes outweigh a gap, a gap outweighs nothing.
+//! prefix unless it is a recorded gap: stored bytes outweigh a gap, a gap outweighs nothing. A hole may also lie before the
+//! first stored byte: PUTs end out of order, so a timeline is looked at from where its stream must have begun.
 //!
 //! Invariants: `start_lsn` begins a unit and `start_lsn ≤ first byte that is not stored`; `reported` is on the server's
 //! history and `reported ≤` stored end.
@@ -18,6 +19,8 @@ use crate::repository::layout::WalRange;
 pub struct ServerPosition {
     pub timeline: TimelineId,
     pub flush_lsn: Lsn,
+    /// From where on our slot keeps WAL, where the server says so.
+    pub slot_restart_lsn: Option<Lsn>,
     /// The ancestors of `timeline`; empty on timeline 1.
     pub history: HistoryFile,
 }
@@ -95,62 +98,97 @@ pub fn plan(
     if position.timeline < newest {
         return Err(Conflict::OlderTimeline { server: position.timeline, stored: newest });
     }
-    let stored_on = |step: &PathStep| listing.ranges.iter().any(|o| o.range.timeline == step.timeline);
-    let Some(index) = steps.iter().rposition(stored_on) else {
+    let noted = |step: &PathStep| {
+        let stored = listing.ranges.iter().any(|o| o.range.timeline == step.timeline);
+        stored || gaps.iter().any(|g| g.timeline == step.timeline)
+    };
+    let Some(index) = steps.iter().rposition(noted) else {
         let mut stored: Vec<String> = listing.ranges.iter().map(|o| o.range.timeline.to_string()).collect();
         stored.dedup();
         return Err(Conflict::NoCommonHistory { server: position.timeline, stored: stored.join(", ") });
     };
-    let (Some(step), next) = (steps.get(index), steps.get(index + 1)) else { return Ok(None) };
-    let (contiguous_from, stored_lsn) = prefix(listing, gaps, step.timeline, size);
-    if let (Some(switch), Some(next)) = (step.switch_lsn, next)
+    let Some(step) = steps.get(index) else { return Ok(None) };
+    let begin = stream_begin(position, &steps, index, noted, size);
+    let (contiguous_from, stored_lsn) = prefix(listing, gaps, step.timeline, begin, size);
+    let ranges = || listing.ranges.iter().map(|o| &o.range).filter(|r| r.timeline == step.timeline);
+    if let Some(switch) = step.switch_lsn
         && stored_lsn >= switch
+        && let Some(next) = after_switch(&steps, index, switch)
     {
         return Ok(Some(begin_timeline(next, switch, contiguous_from, size)));
     }
-    if step.switch_lsn.is_none() && position.flush_lsn < stored_lsn {
+    // Only what the server had flushed was ever stored, behind a hole too.
+    let stored_end = ranges().map(|r| r.end_lsn(size)).max().unwrap_or(stored_lsn).max(stored_lsn);
+    if step.switch_lsn.is_none() && position.flush_lsn < stored_end {
         let (timeline, flush) = (step.timeline, position.flush_lsn);
-        return Err(Conflict::ServerBehind { timeline, flush, stored: stored_lsn });
+        return Err(Conflict::ServerBehind { timeline, flush, stored: stored_end });
     }
     let unit = unit_bytes(size);
     let start_lsn = Lsn(stored_lsn.0 / unit * unit);
-    let at_or_after = |r: &&WalRange| r.timeline == step.timeline && r.end_lsn(size) > start_lsn;
-    let known = listing.ranges.iter().map(|o| &o.range).filter(at_or_after).cloned().collect();
+    // What lies past the switch point is a diverged tail: this server never sends it.
+    let sent = |r: &&WalRange| step.switch_lsn.is_none_or(|switch| r.end_lsn(size) <= switch);
+    let known = ranges().filter(|r| r.end_lsn(size) > start_lsn).filter(sent).cloned().collect();
     // What is stored of the unit itself counts only when the server has sent the same bytes again.
     let reported_lsn = start_lsn.max(step.begin_lsn.min(stored_lsn));
     Ok(Some(Resume { timeline: step.timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known }))
 }
 
+/// The timeline to go on with at `switch`; one that was left where it began has no WAL.
+fn after_switch(steps: &[PathStep], index: usize, switch: Lsn) -> Option<&PathStep> {
+    let later = steps.get(index + 1..).unwrap_or_default();
+    later.iter().find(|step| step.switch_lsn.is_none_or(|end| end > switch))
+}
+
+/// Where the stream of the timeline `steps[index]` must have begun: at the segment of the fork, when anything of an ancestor
+/// is stored, else where the slot keeps WAL from, when that is before the first stored byte.
+fn stream_begin(
+    position: &ServerPosition,
+    steps: &[PathStep],
+    index: usize,
+    noted: impl Fn(&PathStep) -> bool,
+    size: SegmentSize,
+) -> Option<Lsn> {
+    let step = steps.get(index)?;
+    match steps.get(..index).unwrap_or_default().iter().any(noted) {
+        true => Some(size.start_of(step.begin_lsn)),
+        false => position.slot_restart_lsn.map(|lsn| size.start_of(lsn.max(step.begin_lsn))),
+    }
+}
+
 /// The beginning of a timeline: from the start of the segment that holds its switch point.
 pub fn begin_timeline(step: &PathStep, switch: Lsn, contiguous_from: Lsn, size: SegmentSize) -> Resume {
-    let unit = unit_bytes(size);
-    let start_lsn = Lsn(switch.0 / unit * unit);
-    let timeline = step.timeline;
+    let (timeline, start_lsn) = (step.timeline, size.start_of(switch));
     Resume { timeline, start_lsn, reported_lsn: switch, stored_lsn: start_lsn, contiguous_from, known: Vec::new() }
 }
 
-/// Start and end of the newest unbroken stored stream of a timeline that begins at its first byte or after a recorded gap.
-pub fn prefix(listing: &WalListing, gaps: &[Gap], timeline: TimelineId, size: SegmentSize) -> (Lsn, Lsn) {
-    let mut ranges = listing.ranges.iter().map(|o| &o.range).filter(|r| r.timeline == timeline);
-    let Some(first) = ranges.next() else { return (Lsn::ZERO, Lsn::ZERO) };
-    let (mut from, mut end) = (first.start_lsn(size), first.end_lsn(size));
-    for range in ranges {
-        let (start, stop) = (range.start_lsn(size), range.end_lsn(size));
-        if start > end {
-            let bridged = |g: &&Gap| g.timeline == timeline && g.start_lsn <= end && g.end_lsn >= start;
-            if !gaps.iter().any(|g| bridged(&g)) {
-                break;
-            }
-            from = start;
+/// Start and end of the unbroken stored stream of a timeline that begins at its first byte, or at `begin` when that is
+/// before, and goes on after recorded gaps.
+pub fn prefix(
+    listing: &WalListing,
+    gaps: &[Gap],
+    timeline: TimelineId,
+    begin: Option<Lsn>,
+    size: SegmentSize,
+) -> (Lsn, Lsn) {
+    let ranges = listing.ranges.iter().map(|o| &o.range).filter(|r| r.timeline == timeline);
+    let stored = ranges.map(|r| (r.start_lsn(size), r.end_lsn(size), false));
+    let gaps = gaps.iter().filter(|g| g.timeline == timeline).map(|g| (g.start_lsn, g.end_lsn, true));
+    let mut spans: Vec<(Lsn, Lsn, bool)> = stored.chain(gaps).collect();
+    // At one place what is stored comes before a gap.
+    spans.sort_by_key(|(start, end, gap)| (*start, *gap, *end));
+    let Some((first, ..)) = spans.first() else { return (Lsn::ZERO, Lsn::ZERO) };
+    let mut from = begin.map_or(*first, |begin| begin.min(*first));
+    let mut reached = from;
+    for (start, end, gap) in spans {
+        if start > reached {
+            break;
         }
-        end = end.max(stop);
+        if end > reached {
+            reached = end;
+            from = if gap { end } else { from };
+        }
     }
-    // A gap behind the last stored byte: what follows it is still to come.
-    let beyond = |g: &&Gap| g.timeline == timeline && g.start_lsn <= end && g.end_lsn > end;
-    match gaps.iter().filter(beyond).map(|g| g.end_lsn).max() {
-        Some(gap_end) => (gap_end, gap_end),
-        None => (from, end),
-    }
+    (from, reached)
 }
 
 #[cfg(test)]
@@ -186,7 +224,7 @@ mod tests {
             reason: String::new(),
         };
         let history = HistoryFile { entries: history.iter().map(entry).collect() };
-        ServerPosition { timeline: TimelineId(timeline), flush_lsn: Lsn(flush), history }
+        ServerPosition { timeline: TimelineId(timeline), flush_lsn: Lsn(flush), slot_restart_lsn: None, history }
     }
 
     fn go_on(position: &ServerPosition, ranges: &[WalRange]) -> Resume {
@@ -244,6 +282,54 @@ mod tests {
         let fork = SEG + 700;
         let resume = go_on(&server(3, 2 * SEG, &[(1, fork)]), &[range(1, 1, 0, SEG), range(2, 1, 0, 900)]);
         assert_eq!((resume.timeline, resume.reported_lsn), (TimelineId(3), Lsn(fork)));
+    }
+
+    #[test]
+    fn a_hole_at_the_very_beginning_of_a_timeline_is_not_skipped() {
+        let fork = 4 * SEG + 500;
+        let history = [(1, fork)];
+        // The PUT of timeline 2's first segment was still under way when the ones behind it had ended.
+        let ranges = [range(1, 3, 0, SEG), range(1, 4, 0, 500), range(2, 5, 0, SEG)];
+        let resume = go_on(&server(2, 9 * SEG, &history), &ranges);
+        assert_eq!((resume.timeline, resume.start_lsn), (TimelineId(2), Lsn(4 * SEG)));
+        assert_eq!((resume.reported_lsn, resume.known.len()), (Lsn(4 * SEG), 1));
+        // The same of the first timeline, where the slot knows what it keeps.
+        let position = ServerPosition { slot_restart_lsn: Some(Lsn(SEG)), ..server(1, 9 * SEG, &[]) };
+        assert_eq!(go_on(&position, &[range(1, 2, 0, SEG)]).start_lsn, Lsn(SEG));
+    }
+
+    #[test]
+    fn a_diverged_tail_is_not_waited_for() {
+        let fork = 2 * SEG + 500;
+        let ranges = [range(1, 1, 0, SEG), range(1, 2, 400, 900)];
+        let resume = go_on(&server(2, fork + 10, &[(1, fork)]), &ranges);
+        assert_eq!((resume.timeline, resume.start_lsn, resume.known), (TimelineId(1), Lsn(2 * SEG), vec![]));
+    }
+
+    #[test]
+    fn a_server_behind_a_range_after_a_hole_was_set_back() {
+        let stored = listing(&[range(1, 1, 0, SEG), range(1, 3, 0, SEG)]);
+        let conflict = plan(&server(1, 3 * SEG, &[]), &stored, &[], SIZE).expect_err("conflict");
+        assert!(matches!(conflict, Conflict::ServerBehind { stored, .. } if stored == Lsn(4 * SEG)));
+    }
+
+    #[test]
+    fn a_timeline_without_wal_is_passed_over() {
+        let fork = 2 * SEG + 500;
+        let ranges = [range(1, 1, 0, SEG), range(1, 2, 0, 500)];
+        let resume = go_on(&server(3, fork + 10, &[(1, fork), (2, fork)]), &ranges);
+        assert_eq!((resume.timeline, resume.reported_lsn), (TimelineId(3), Lsn(fork)));
+    }
+
+    #[test]
+    fn a_gap_at_the_beginning_of_a_timeline_ends_the_search_there() {
+        let fork = 2 * SEG + 500;
+        let (timeline, start_lsn, end_lsn) = (TimelineId(2), Lsn(2 * SEG), Lsn(6 * SEG));
+        let gap = Gap { timeline, start_lsn, end_lsn, found_at: Timestamp(0), cause: String::new() };
+        let stored = listing(&[range(1, 1, 0, SEG), range(1, 2, 0, 500)]);
+        let position = server(2, 9 * SEG, &[(1, fork)]);
+        let resume = plan(&position, &stored, &[gap], SIZE).expect("fine").expect("stored");
+        assert_eq!((resume.timeline, resume.start_lsn), (TimelineId(2), Lsn(6 * SEG)));
     }
 
     #[test]

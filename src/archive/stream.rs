@@ -124,7 +124,7 @@ impl<'a> Stream<'a> {
             if let Some((next, switch_lsn)) = self.switch.filter(|(_, lsn)| self.progress.reported() >= *lsn) {
                 return Ended::Timeline { next, switch_lsn };
             }
-            let due = self.pacing.due().filter(|_| self.uploader.has_room());
+            let due = self.pacing.due().filter(|_| self.may_put_part());
             let wake = tokio::time::Instant::from_std(due.unwrap_or_else(|| Instant::now() + STATUS_INTERVAL));
             let reading = self.held_bytes() < self.context.settings.buffer_bytes_max && self.switch.is_none();
             let step = tokio::select! {
@@ -212,7 +212,7 @@ impl<'a> Stream<'a> {
         }
         let received = self.assembler.received();
         let due = everything || self.pacing.due().is_some_and(|due| due <= Instant::now());
-        if self.waiting.is_empty() && due && received > self.taken_up && self.uploader.has_room() {
+        if self.waiting.is_empty() && due && self.may_put_part() && received > self.taken_up {
             let from = self.taken_up.max(self.assembler.unit_start());
             if let Some(bytes) = self.assembler.copy(from, received) {
                 self.uploader.start(timeline, from, bytes, false);
@@ -222,6 +222,13 @@ impl<'a> Stream<'a> {
         if self.waiting.is_empty() && received <= self.taken_up {
             self.pacing.taken_up();
         }
+    }
+
+    /// Bytes that lie in a stored range are put only when the whole range was compared: a server with another past must not
+    /// leave anything beside what is stored.
+    fn may_put_part(&self) -> bool {
+        let (size, received) = (self.uploader.destination().segment_size, self.assembler.received());
+        self.uploader.has_room() && !self.known.iter().any(|range| range.start_lsn(size) < received)
     }
 
     async fn stored(&mut self, stored: Stored) -> Result<(), Ended> {
