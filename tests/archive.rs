@@ -16,7 +16,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::common::guard::Directory;
-use crate::common::postgres::{Cluster, Stop};
+use crate::common::postgres::{Cluster, Stop, copy};
 use crate::common::proxy::tcp::TcpProxy;
 use crate::common::{MAJORS, NEWEST, wait};
 use crate::replication::config;
@@ -234,7 +234,13 @@ async fn a_server_stops_although_its_archiver_is_connected() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn removed_wal_becomes_a_recorded_gap_and_archiving_goes_on() {
-    let cluster = Cluster::builder(NEWEST)
+    for major in [14, 16, 17, NEWEST] {
+        removed_wal_becomes_a_recorded_gap(major).await;
+    }
+}
+
+async fn removed_wal_becomes_a_recorded_gap(major: u16) {
+    let cluster = Cluster::builder(major)
         .setting("max_slot_wal_keep_size", "1MB")
         .setting("min_wal_size", "32MB")
         .setting("max_wal_size", "32MB")
@@ -260,6 +266,90 @@ async fn removed_wal_becomes_a_recorded_gap_and_archiving_goes_on() {
     let gaps = catalogue::list_gaps(&repository, known.incarnation).await.expect("list");
     assert_eq!(gaps.len(), 1);
     assert!(gaps[0].start_lsn < gaps[0].end_lsn);
+}
+
+/// What a provider's snapshot of the server's disk does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_set_back_by_a_snapshot_is_a_conflict_and_stores_nothing() {
+    let (mut cluster, dir) = (keep(NEWEST), Directory::new("archive"));
+    let repository = repository(dir.path()).await;
+    let settings = || Settings { rpo: Duration::ZERO, ..Settings::default() };
+    let running = Running::start_with(&repository, config(&cluster), settings()).await;
+    let end = write(&cluster, 20_000);
+    running.wait_stored(end).await;
+    running.stop().await;
+    cluster.stop(Stop::Fast);
+    let snapshot = cluster.scratch().join("snapshot");
+    copy(cluster.data(), &snapshot);
+    cluster.start();
+    let running = Running::start_with(&repository, config(&cluster), settings()).await;
+    cluster.switch_wal();
+    let end = write(&cluster, 15_000);
+    running.wait_stored(end).await;
+    running.stop().await;
+    cluster.kill9();
+    std::fs::remove_dir_all(cluster.data()).unwrap();
+    std::fs::rename(&snapshot, cluster.data()).unwrap();
+    cluster.start();
+    let before = stored(&repository, 1).await;
+    let running = Running::start_with(&repository, config(&cluster), settings()).await;
+    running.wait("conflict", |s| matches!(&s.state, State::Conflict(text) if text.contains("set back"))).await;
+    // It overtakes what is stored: the same positions hold other bytes now.
+    cluster.switch_wal();
+    cluster.query("CREATE TABLE another_past AS SELECT i, repeat('y', 300) FROM generate_series(1, 40000) i");
+    assert!(cluster.flush_lsn() > end);
+    running.wait("conflict", |s| matches!(&s.state, State::Conflict(text) if text.contains("other content"))).await;
+    running.stop().await;
+    assert!(before == stored(&repository, 1).await, "the stored past is untouched");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_terminated_walsender_is_replaced_without_loss() {
+    let (cluster, dir) = (keep(NEWEST), Directory::new("archive"));
+    let repository = repository(dir.path()).await;
+    let running = Running::start(&cluster, &repository).await;
+    for _ in 0..3 {
+        let end = write(&cluster, 20_000);
+        cluster.query("SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots");
+        running.wait_stored(end).await;
+    }
+    running.stop().await;
+    let segments = stored(&repository, 1).await;
+    assert!(assert_equal_to_server(&cluster, 1, &segments) > 0);
+}
+
+/// Promotion of a standby that had not everything, while commits wait for the archiver.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promoted_standby_behind_the_archive_is_told_the_fork_first() {
+    let dir = Directory::new("archive");
+    let repository = repository(dir.path()).await;
+    let mut primary = keep(NEWEST);
+    let mut standby = primary.standby();
+    let mut connect = config(&primary);
+    connect.hosts.extend(config(&standby).hosts);
+    let running = Running::start_with(&repository, connect, Settings::default()).await;
+    let end = write(&primary, 100);
+    standby.wait_replayed(end);
+    standby.stop(Stop::Fast);
+    let old_end = write(&primary, 30_000);
+    running.wait_stored(old_end).await;
+    primary.stop(Stop::Immediate);
+    standby.set("primary_conninfo", "");
+    standby.set("synchronous_standby_names", "archiver");
+    standby.start();
+    standby.promote();
+    let acknowledged = standby.lsn("CREATE TABLE after_fork AS SELECT 1 AS i; SELECT pg_current_wal_insert_lsn()");
+    assert!(acknowledged < old_end, "the new timeline goes over positions that the old one has used");
+    let stored_lsn = standby.lsn("SELECT flush_lsn FROM pg_stat_replication WHERE application_name = 'archiver'");
+    assert!(stored_lsn >= acknowledged, "the commit that returned is stored");
+    running.stop().await;
+    let (old, new) = (stored(&repository, 1).await, stored(&repository, 2).await);
+    assert!(assert_equal_to_server(&standby, 2, &new) > 0);
+    assert!(assert_equal_to_server(&primary, 1, &old) > 0, "the old tail stays");
+    let reached = |s: &BTreeMap<SegmentNo, Vec<u8>>| {
+        s.last_key_value().map(|(n, b)| Lsn(n.0 * SIZE.bytes() + b.len() as u64)).expect("some")
+    };
+    assert!(reached(&new) >= acknowledged && reached(&old) >= old_end);
 }
 
 #[tokio::test(flavor = "multi_thread")]
