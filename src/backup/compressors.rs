@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use super::error::BackupError;
 use crate::repository::codec::{Codec, CodecError};
-use crate::repository::pack::{CompressedFrame, FRAME_BYTES_MAX};
+use crate::repository::pack::{CompressedFrame, FRAME_BYTES_MAX, FrameCompressor};
 
 struct Job {
     plain: Vec<u8>,
@@ -60,6 +60,7 @@ impl Pending {
 }
 
 fn work(codec: &Codec, queue: &Mutex<mpsc::Receiver<Job>>, spare: &Spare) {
+    let mut compressor = FrameCompressor::new(codec);
     loop {
         // Whoever holds the lock waits for the next frame, the others wait for the lock.
         let job = queue.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
@@ -67,7 +68,11 @@ fn work(codec: &Codec, queue: &Mutex<mpsc::Receiver<Job>>, spare: &Spare) {
         if reply.is_closed() {
             continue;
         }
-        let _ = reply.send(CompressedFrame::make(codec, &plain));
+        let frame = match &mut compressor {
+            Ok(compressor) => compressor.make(&plain),
+            Err(error) => Err(error.clone()),
+        };
+        let _ = reply.send(frame);
         plain.clear();
         spare.lock().unwrap_or_else(PoisonError::into_inner).push(plain);
     }

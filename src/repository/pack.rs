@@ -61,15 +61,40 @@ pub struct CompressedFrame {
     pub hash: ContentHash,
 }
 
-impl CompressedFrame {
+/// Makes one frame after the other without asking for memory each time; one for each thread.
+pub struct FrameCompressor {
+    codec: Codec,
+    zstd: zstd::bulk::Compressor<'static>,
+    buffer: Vec<u8>,
+}
+
+impl FrameCompressor {
+    /// # Errors
+    /// Only when zstd fails to allocate.
+    pub fn new(codec: &Codec) -> Result<FrameCompressor, CodecError> {
+        let zstd = zstd::bulk::Compressor::new(codec.level()).map_err(|e| CodecError::Compression(e.to_string()))?;
+        let buffer = Vec::with_capacity(zstd::zstd_safe::compress_bound(FRAME_BYTES_MAX));
+        Ok(FrameCompressor { codec: codec.clone(), zstd, buffer })
+    }
+
     /// CPU work: call it on the blocking pool.
-    pub fn make(codec: &Codec, plain: &[u8]) -> Result<CompressedFrame, CodecError> {
+    pub fn make(&mut self, plain: &[u8]) -> Result<CompressedFrame, CodecError> {
         let plain_bytes = u32::try_from(plain.len()).unwrap_or(u32::MAX);
         if plain.len() > FRAME_BYTES_MAX {
             return Err(CodecError::TooLong { declared: plain.len() as u64, limit: FRAME_BYTES_MAX as u64 });
         }
-        let hash = ContentHash::of(&codec.digest(plain));
-        Ok(CompressedFrame { compressed: codec.compress(plain)?, plain_bytes, hash })
+        let hash = ContentHash::of(&self.codec.digest(plain));
+        self.buffer.clear();
+        let compressed = self.zstd.compress_to_buffer(plain, &mut self.buffer);
+        compressed.map_err(|e| CodecError::Compression(e.to_string()))?;
+        Ok(CompressedFrame { compressed: self.buffer.clone(), plain_bytes, hash })
+    }
+}
+
+impl CompressedFrame {
+    /// A single frame. CPU work: call it on the blocking pool.
+    pub fn make(codec: &Codec, plain: &[u8]) -> Result<CompressedFrame, CodecError> {
+        FrameCompressor::new(codec)?.make(plain)
     }
 }
 
