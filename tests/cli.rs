@@ -114,6 +114,13 @@ fn a_slot_is_dropped_once_and_an_incarnation_needs_a_confirmation() {
     let place = dir.path().display();
     let config =
         write(dir.path(), &format!("[environment.shop]\npostgres = \"{postgres}\"\nrepository = \"file://{place}\"\n"));
+    cluster.query("SELECT pg_create_physical_replication_slot('pgrecall_forgotten', true)");
+    let check = pgrecall(&["--config", &config, "config", "check", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&check.stdout).expect("JSON");
+    let unowned = &report["environments"][0]["unowned_slots"];
+    assert_eq!((unowned.as_array().map(Vec::len), &unowned[0]["slot"]), (Some(1), &"pgrecall_forgotten".into()));
+    cluster.query("SELECT pg_drop_replication_slot('pgrecall_forgotten')");
+
     let run = pgrecall(&["--config", &config, "slot", "drop", "shop"]);
     assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
     assert!(text(&run.stdout).starts_with("slot pgrecall_shop dropped on "), "{}", text(&run.stdout));

@@ -13,10 +13,10 @@ use super::{Context, interrupted};
 use crate::config::{Config, Environment};
 use crate::control::client::{Client, ClientError};
 use crate::control::protocol::BackupEvent;
-use crate::daemon::Daemon;
 use crate::daemon::environment::EnvironmentBody;
 use crate::daemon::snapshot::{EnvironmentSnapshot, State};
 use crate::daemon::supervisor::{Body, Pauses};
+use crate::daemon::{Daemon, slots};
 use crate::error::{Code, Failure};
 
 /// How long WAL may need to flow where no daemon runs.
@@ -77,7 +77,11 @@ async fn ask_daemon(
 async fn alone(config: &Config, environment: &Environment, progress: &mut Progress) -> Result<BackupEvent, Failure> {
     environment.connect()?;
     let name = environment.name.to_string();
-    let body = EnvironmentBody { environment: environment.clone(), shutdown_grace: config.shutdown_grace };
+    let body = EnvironmentBody {
+        environment: environment.clone(),
+        shutdown_grace: config.shutdown_grace,
+        owned_slots: slots::owned(config),
+    };
     let bodies = BTreeMap::from([(name.clone(), Arc::new(body) as Arc<dyn Body>)]);
     let daemon = Daemon::start(bodies, Pauses::default(), CancellationToken::new());
     let work = async {

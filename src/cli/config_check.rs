@@ -1,13 +1,17 @@
 //! `pgrecall config check`: everything that is wrong, before the daemon finds it.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::Serialize;
 
 use super::Context;
 use crate::config::{Config, ConfigError, Environment, Problem, SecretRef};
+use crate::daemon::slots;
 use crate::error::{Code, Failure};
+use crate::replication::ConnectConfig;
 
 #[derive(Debug, Serialize)]
 struct Report {
@@ -26,9 +30,23 @@ struct EnvironmentReport {
     slot: Option<String>,
     /// Secrets that could not be read.
     unreadable: Vec<String>,
+    /// Slots of ours on the environment's hosts that no environment of the configuration owns.
+    unowned_slots: Vec<UnownedSlot>,
+    /// Why the server could not be asked.
+    server: Option<String>,
 }
 
-pub fn run(context: &Context) -> Result<(), Failure> {
+#[derive(Debug, Serialize)]
+struct UnownedSlot {
+    host: String,
+    slot: String,
+    active: bool,
+}
+
+/// A server that does not answer at once is not waited for: this looks at the configuration first of all.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+
+pub async fn run(context: &Context) -> Result<(), Failure> {
     let config = match Config::load(&context.config_path) {
         Ok(config) => config,
         Err(error) => {
@@ -40,7 +58,9 @@ pub fn run(context: &Context) -> Result<(), Failure> {
             return Err(error.into());
         }
     };
-    let environments: Vec<EnvironmentReport> = config.environments.values().map(look_at).collect();
+    let owned = slots::owned(&config);
+    let looks = config.environments.values().map(|environment| look_at(environment, &owned));
+    let environments: Vec<EnvironmentReport> = futures::future::join_all(looks).await;
     let unreadable: Vec<String> = environments.iter().flat_map(|environment| environment.unreadable.clone()).collect();
     let report = Report { valid: unreadable.is_empty(), path: config.path, problems: Vec::new(), environments };
     context.output.result(&report, show);
@@ -51,7 +71,7 @@ pub fn run(context: &Context) -> Result<(), Failure> {
     }
 }
 
-fn look_at(environment: &Environment) -> EnvironmentReport {
+async fn look_at(environment: &Environment, owned: &BTreeSet<String>) -> EnvironmentReport {
     let s3 = &environment.s3;
     let password = environment.postgres.as_ref().and_then(|postgres| postgres.password.as_ref());
     let secrets = [
@@ -62,12 +82,29 @@ fn look_at(environment: &Environment) -> EnvironmentReport {
         s3.session_token.as_ref(),
     ];
     let unreadable = |secret: &SecretRef| secret.load().err().map(|error| format!("{}: {error}", environment.name));
+    let (unowned_slots, server) = ask_for_slots(environment, owned).await;
     EnvironmentReport {
+        unowned_slots,
+        server,
         name: environment.name.to_string(),
         repository: environment.location.to_string(),
         encrypted: environment.master_key.is_some(),
         slot: environment.postgres.as_ref().map(|postgres| postgres.slot.clone()),
         unreadable: secrets.into_iter().flatten().filter_map(unreadable).collect(),
+    }
+}
+
+async fn ask_for_slots(environment: &Environment, owned: &BTreeSet<String>) -> (Vec<UnownedSlot>, Option<String>) {
+    // A password that cannot be read is reported among the secrets.
+    let Ok(connect) = environment.connect() else { return (Vec::new(), None) };
+    let connect = ConnectConfig { connect_timeout: connect.connect_timeout.min(CONNECT_TIMEOUT), ..connect };
+    match slots::unowned(&connect, owned).await {
+        Ok(found) => {
+            let found = found.into_iter();
+            let found = found.map(|found| UnownedSlot { host: found.host, slot: found.slot, active: found.active });
+            (found.collect(), None)
+        }
+        Err(error) => (Vec::new(), Some(error.to_string())),
     }
 }
 
@@ -80,6 +117,17 @@ fn show(report: &Report) -> String {
             Some(slot) => write!(text, ", slot {slot}"),
             None => write!(text, ", only to be listed, verified and restored here (no `postgres`)"),
         };
+        if let Some(server) = &environment.server {
+            let _ = write!(text, "\n    the server was not asked: {server}");
+        }
+        for UnownedSlot { host, slot, active } in &environment.unowned_slots {
+            let used = if *active { "somebody uses it" } else { "it keeps WAL until the disk is full" };
+            let way_out = format!("SELECT pg_drop_replication_slot('{slot}')");
+            let _ = write!(
+                text,
+                "\n    slot {slot} on {host} belongs to no environment here, and {used}; to drop it: {way_out}"
+            );
+        }
     }
     text
 }

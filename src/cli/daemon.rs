@@ -12,9 +12,9 @@ use tracing::{info, warn};
 use super::{Context, interrupted};
 use crate::config::Config;
 use crate::control::server::Server;
-use crate::daemon::Daemon;
 use crate::daemon::environment::EnvironmentBody;
 use crate::daemon::supervisor::{Body, Pauses};
+use crate::daemon::{Daemon, slots};
 use crate::error::{Code, Failure};
 use crate::telemetry;
 
@@ -65,7 +65,11 @@ fn bodies(config: &Config) -> BTreeMap<String, Arc<dyn Body>> {
             info!(environment = name, "not archived from here: it has no `postgres` in the configuration");
             continue;
         }
-        let body = EnvironmentBody { environment: environment.clone(), shutdown_grace: config.shutdown_grace };
+        let body = EnvironmentBody {
+            environment: environment.clone(),
+            shutdown_grace: config.shutdown_grace,
+            owned_slots: slots::owned(config),
+        };
         bodies.insert(name, Arc::new(body));
     }
     bodies

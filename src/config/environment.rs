@@ -16,7 +16,6 @@ const SLOT_CHARACTERS_MAX: usize = 63;
 const DEFAULT_APPLICATION_NAME: &str = "pgrecall";
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
-const TIB: u64 = 1 << 40;
 const DAY: Duration = Duration::from_hours(24);
 
 /// A name that can stand in an object key and, with `_` for `-`, in the name of a replication slot.
@@ -86,23 +85,15 @@ pub struct Archive {
     pub buffer_bytes_max: u64,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Restore {
     /// Where to look for PostgreSQL's programs before the usual places.
     pub postgres_bin_dirs: Vec<PathBuf>,
-    /// WAL beyond this is not preloaded into `pg_wal` but served file by file.
-    pub wal_in_pg_wal_bytes_max: u64,
 }
 
 impl Default for Archive {
     fn default() -> Self {
         Archive { rpo: Duration::from_secs(1), puts_in_flight: 4, compression_level: 3, buffer_bytes_max: 128 * MIB }
-    }
-}
-
-impl Default for Restore {
-    fn default() -> Self {
-        Restore { postgres_bin_dirs: Vec::new(), wal_in_pg_wal_bytes_max: 4 * GIB }
     }
 }
 
@@ -202,7 +193,6 @@ fn read_archive(section: &Section<'_>) -> Archive {
 }
 
 fn read_restore(section: Section<'_>) -> Restore {
-    let default = Restore::default();
     let dirs = section.text_list("postgres_bin_dirs").map(|dirs| {
         let absolute = |dir: &super::document::Located<String>| match absolute_path(&dir.value) {
             Ok(path) => Some(path),
@@ -213,9 +203,8 @@ fn read_restore(section: Section<'_>) -> Restore {
         };
         dirs.iter().filter_map(absolute).collect()
     });
-    let limit = section.bytes("wal_in_pg_wal_max", default.wal_in_pg_wal_bytes_max, 64 * MIB..=TIB);
     section.finish();
-    Restore { postgres_bin_dirs: dirs.unwrap_or(default.postgres_bin_dirs), wal_in_pg_wal_bytes_max: limit }
+    Restore { postgres_bin_dirs: dirs.unwrap_or_default() }
 }
 
 fn read_encryption(section: Section<'_>) -> Option<SecretRef> {

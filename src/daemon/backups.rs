@@ -32,6 +32,7 @@ pub struct Backups {
     /// Whether a usable backup exists; `None` until the repository was asked.
     has_backup: Option<bool>,
     gaps_seen: u32,
+    was_streaming: bool,
     pauses: Backoff,
     not_before: Instant,
     next_look: Instant,
@@ -54,6 +55,7 @@ impl Backups {
             waiting: Vec::new(),
             has_backup: None,
             gaps_seen,
+            was_streaming: false,
             pauses,
             not_before,
             next_look: Instant::now(),
@@ -88,7 +90,13 @@ impl Backups {
 
     async fn begin_if_due(&mut self) {
         let status = self.job.archive.borrow().clone();
-        if status.stored.is_none() || status.state != crate::archive::State::Streaming {
+        let streaming = status.stored.is_some() && status.state == crate::archive::State::Streaming;
+        if streaming && !self.was_streaming {
+            // Meanwhile another incarnation may have been opened, or a gap found by another writer.
+            self.has_backup = None;
+        }
+        self.was_streaming = streaming;
+        if !streaming {
             return;
         }
         if status.gaps_found > self.gaps_seen {

@@ -1,14 +1,16 @@
 //! What the service does for one environment: archive its WAL, and take the backups that are asked for or due.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tracing::{Instrument, Span, info};
+use tracing::{Instrument, Span, debug, info, warn};
 
 use super::backups::Backups;
 use super::handle::Request;
+use super::slots;
 use super::snapshot::{ArchiveSnapshot, EnvironmentSnapshot, State};
 use super::supervisor::{Body, BodyContext};
 use crate::archive::{self, ArchiveStatus, Archiver};
@@ -24,6 +26,8 @@ use crate::util::clock;
 pub struct EnvironmentBody {
     pub environment: Environment,
     pub shutdown_grace: Duration,
+    /// Every slot that the configuration names.
+    pub owned_slots: BTreeSet<String>,
 }
 
 /// The archiver's task; dropping this ends it.
@@ -57,8 +61,11 @@ impl Body for EnvironmentBody {
             settings: BackupSettings::default(),
         };
         let mut backups = Backups::new(job, context.snapshot.clone(), context.cancel.clone());
+        let mut slots = std::pin::pin!(self.name_unowned_slots());
+        let mut slots_named = false;
         loop {
             tokio::select! {
+                () = &mut slots, if !slots_named => slots_named = true,
                 // Ends by itself after `cancel`, when the tail is stored.
                 ended = &mut archiving.task => return match ended {
                     Ok(()) if context.cancel.is_cancelled() => Ok(()),
@@ -79,6 +86,23 @@ impl Body for EnvironmentBody {
 }
 
 impl EnvironmentBody {
+    /// Says which slots of ours nobody looks after. Best effort: the archive says itself when it cannot connect.
+    async fn name_unowned_slots(&self) {
+        let Ok(connect) = self.environment.connect() else { return };
+        match slots::unowned(&connect, &self.owned_slots).await {
+            Ok(found) => {
+                for slot in found.iter().filter(|slot| !slot.active) {
+                    warn!(
+                        host = slot.host,
+                        slot = slot.slot,
+                        "a slot of ours that no configured environment owns keeps WAL"
+                    );
+                }
+            }
+            Err(error) => debug!(error = %error, "replication slots cannot be listed"),
+        }
+    }
+
     fn start_archiving(
         &self,
         repository: &Repository,

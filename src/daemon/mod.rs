@@ -6,6 +6,7 @@
 mod backups;
 pub mod environment;
 pub mod handle;
+pub mod slots;
 pub mod snapshot;
 pub mod supervisor;
 #[cfg(test)]
