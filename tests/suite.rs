@@ -18,6 +18,7 @@ mod authentication;
 mod backup;
 mod base_backup;
 mod cli;
+mod crash;
 mod daemon;
 mod end_to_end;
 mod harness;

@@ -1,0 +1,122 @@
+//! `kill -9` of everything, again and again, under write load; then restores, compared with the ledger.
+//!
+//! Each round ends the daemon, PostgreSQL, the store or all of them at a random moment and starts them again. Every tenth
+//! round, and the last, restores to the time of a random commit and to the newest one: the restored clusters must hold
+//! exactly the commits that the rule names. `PGRECALL_ROUNDS` and `PGRECALL_SEED` choose how long and which;
+//! what was run is noted in `tests/totals.tsv`.
+
+use std::path::Path;
+
+use pgrecall::pg::Lsn;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+use crate::common::ledger::{self, Ledger, TransactionEnd};
+use crate::common::minio::Minio;
+use crate::common::pgrecall::{Environment, Pgrecall, Store};
+use crate::common::postgres::Cluster;
+use crate::common::{NEWEST, wait};
+
+struct World {
+    primary: Cluster,
+    minio: Minio,
+    host: Pgrecall,
+    ledger: Ledger,
+    random: StdRng,
+}
+
+#[test]
+fn no_commit_is_lost_or_added_whatever_is_killed() {
+    let number = |name, default| std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default);
+    let (rounds, seed) = (number("PGRECALL_ROUNDS", 25), number("PGRECALL_SEED", u64::from(std::process::id())));
+    println!("PGRECALL_SEED={seed} PGRECALL_ROUNDS={rounds}");
+    let mut world = World::new(seed);
+    for round in 1..=rounds {
+        let millis = world.random.random_range(20..3000);
+        std::thread::sleep(std::time::Duration::from_millis(millis));
+        let victim = world.kill_one();
+        println!("round {round}: {victim} killed after {millis} ms");
+        if round % 10 == 0 || round == rounds {
+            world.restore_and_compare();
+        }
+    }
+    assert!(!world.host.log().contains("panicked at"), "the daemon panicked");
+}
+
+impl World {
+    fn new(seed: u64) -> World {
+        let primary = ledger::keep_wal(Cluster::builder(NEWEST)).start();
+        let minio = Minio::own();
+        let store = Store::Bucket(minio.bucket(), "kill".to_owned());
+        let mut host = Pgrecall::new(&[Environment::new("shop", store).cluster(&primary)]);
+        // The world falls apart in every round: what the daemon says of it is not the question here.
+        host.announce("");
+        host.start(&[&primary]);
+        host.wait_for_backup("shop");
+        let ledger = Ledger::start(&primary, 4);
+        ledger.wait_for(20);
+        World { primary, minio, host, ledger, random: StdRng::seed_from_u64(seed) }
+    }
+
+    fn kill_one(&mut self) -> &'static str {
+        let victim = ["the daemon", "PostgreSQL", "the store", "everything"][self.random.random_range(0..4)];
+        let all = victim == "everything";
+        if all || victim == "the daemon" {
+            self.host.kill9();
+        }
+        if all || victim == "PostgreSQL" {
+            self.primary.kill9();
+        }
+        if all || victim == "the store" {
+            self.minio.stop();
+            self.minio.start();
+        }
+        if !self.primary.is_running() {
+            self.primary.start();
+        }
+        if !self.host.is_running() {
+            self.host.start_without_waiting();
+        }
+        self.ledger.wait_for(5);
+        victim
+    }
+
+    fn restore_and_compare(&mut self) {
+        self.ledger.wait_for(20);
+        let ends = ledger::transaction_ends(&self.primary, &self.primary.data().join("pg_wal"));
+        let backup: Lsn =
+            self.host.json(&["backups", "shop"])["backups"][0]["stop_lsn"].as_str().unwrap().parse().unwrap();
+        let reachable: Vec<&TransactionEnd> = ends.iter().filter(|e| e.committed && e.lsn > backup).collect();
+        let chosen = reachable[self.random.random_range(0..reachable.len())];
+        let time = format!("{}+00:00", chosen.time);
+        let stop = ends.iter().find(|e| e.lsn > backup && e.time > chosen.time).map_or(Lsn::MAX, |e| e.lsn);
+        if stop != Lsn::MAX {
+            let expected = self.ledger.expected(&ends, stop);
+            let restored = restore(&self.host, &time, &self.primary.scratch().join("at-time"));
+            self.ledger.check(&restored, &expected);
+        }
+        let acknowledged = self.ledger.acknowledged();
+        wait::until("the newest commits to be stored", 60, || {
+            let flushed = "SELECT min(flush_lsn) FROM pg_stat_replication WHERE application_name LIKE 'pgrecall%'";
+            let last = self.ledger.entries().into_iter().filter(|e| acknowledged.contains(&e.number));
+            let last = last.filter_map(|e| e.acknowledged).map(|a| a.lsn).filter(|l| *l < Lsn::MAX).max();
+            self.primary.query(flushed).parse::<Lsn>().is_ok_and(|stored| Some(stored) >= last)
+        });
+        let restored = restore(&self.host, "latest", &self.primary.scratch().join("latest"));
+        let present = ledger::numbers(&restored);
+        let lost: Vec<_> = acknowledged.difference(&present).collect();
+        assert!(lost.is_empty(), "{} stored commits are lost: {lost:?}", lost.len());
+        println!("restored to {time} and to the latest of {} commits", present.len());
+    }
+}
+
+/// Restores to a fresh directory and starts what was restored.
+fn restore(host: &Pgrecall, to: &str, into: &Path) -> Cluster {
+    let _ = std::fs::remove_dir_all(into);
+    wait::until(&format!("{to} to be restorable"), 60, || host.try_run(&["plan", "shop", "--to", to]).status == 0);
+    let path = into.display().to_string();
+    host.run(&["restore", "shop", "--to", to, "--into", &path, "--no-start", "--finish", "promote"]);
+    let mut cluster = Cluster::adopt(NEWEST, into);
+    cluster.start();
+    cluster.wait_writable();
+    cluster
+}
