@@ -303,6 +303,41 @@ async fn a_server_set_back_by_a_snapshot_is_a_conflict_and_stores_nothing() {
     assert!(before == stored(&repository, 1).await, "the stored past is untouched");
 }
 
+/// 64 MiB does not fit into the buffer, and is stored all the same; larger ones are stored in ranges.
+#[tokio::test(flavor = "multi_thread")]
+async fn small_and_large_segments_are_stored_as_the_server_wrote_them() {
+    for (mib, rows) in [(1, 20_000), (64, 260_000), (256, 260_000)] {
+        let builder = Cluster::builder(NEWEST).segment_mib(mib).setting("wal_keep_size", "1GB");
+        let (cluster, dir) = (builder.setting("min_wal_size", "512MB").start(), Directory::new("archive"));
+        let repository = repository(dir.path()).await;
+        let settings = Settings { buffer_bytes_max: 32 << 20, ..Settings::default() };
+        let running = Running::start_with(&repository, config(&cluster), settings.clone()).await;
+        let end = write(&cluster, rows);
+        running.wait_stored(end).await;
+        running.stop().await;
+        let running = Running::start_with(&repository, config(&cluster), settings).await;
+        let end = write(&cluster, 1_000);
+        running.wait_stored(end).await;
+        running.stop().await;
+        let known = identity::current(&repository).await.expect("identity").expect("one");
+        let size = known.identity.segment_size;
+        assert_eq!(size.bytes(), u64::from(mib) << 20);
+        let timeline = TimelineId(1);
+        let listing = catalogue::list_wal_timeline(&repository, known.incarnation, timeline, size).await.expect("list");
+        let mut reached = listing.ranges[0].range.start_lsn(size);
+        for object in &listing.ranges {
+            let name = pgrecall::pg::SegmentName::new(timeline, object.range.segment, size).to_string();
+            let file = std::fs::read(cluster.data().join("pg_wal").join(&name)).expect("the server keeps it");
+            let bytes = pgrecall::repository::segment::read_range(&repository, object).await.expect("read");
+            let (from, to) = (object.range.from as usize, object.range.to as usize);
+            assert!(bytes[..] == file[from..to], "{name} differs at {from}");
+            assert!(object.range.start_lsn(size) <= reached, "no hole before {name} {from}");
+            reached = reached.max(object.range.end_lsn(size));
+        }
+        assert!(reached >= end);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_terminated_walsender_is_replaced_without_loss() {
     let (cluster, dir) = (keep(NEWEST), Directory::new("archive"));

@@ -160,6 +160,25 @@ async fn a_server_stops_fast_although_the_store_is_down_and_nothing_is_lost() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_store_that_never_answers_is_noticed_before_its_time_limits() {
+    let proxy = S3Proxy::start(&Minio::shared());
+    let store = Store::open(&location(&proxy.bucket()), "shop", StoreSettings::default()).expect("open");
+    let repository = Repository::open_or_create(store, 1, None).await.expect("open or create");
+    let cluster = keep(NEWEST);
+    let running = Running::start_with(&repository, config(&cluster), Settings::default()).await;
+    let end = write(&cluster, 10);
+    running.wait_stored(end).await;
+    proxy.add(Rule::new(Fault::Hang).on("PUT"));
+    let begin = std::time::Instant::now();
+    let end = write(&cluster, 1_000);
+    running.wait("the store fails", |s| matches!(s.state, State::StoreFailing(_))).await;
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    proxy.clear();
+    running.wait_stored(end).await;
+    running.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_store_that_is_away_for_a_while_leaves_the_wal_with_the_server() {
     let scene = Scene::new().await;
     scene.proxy.down(true);

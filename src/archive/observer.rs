@@ -6,15 +6,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::uploader::StoreTrouble;
-use crate::pg::{Lsn, Timestamp};
-use crate::replication::sql::{Sql, SyncWait};
+use crate::pg::{Lsn, TimelineId, Timestamp};
+use crate::replication::session::SystemIdentity;
+use crate::replication::sql::{ClockReading, Sql, SyncWait};
 use crate::replication::{ConnectConfig, ReplicationError, Session};
 use crate::repository::coverage::ClaimSource;
 
@@ -31,6 +32,8 @@ const STALL_INTERVAL: Duration = Duration::from_secs(3);
 #[derive(Debug, Clone, PartialEq)]
 pub enum Observation {
     Claim {
+        /// Of the server that was asked: behind one name there may be another by now.
+        timeline: TimelineId,
         server_time: Timestamp,
         lsn: Lsn,
         source: ClaimSource,
@@ -74,7 +77,8 @@ impl Observer {
 
     /// The server's clock as the stream carried it.
     pub fn server_time(&self, time: Timestamp) {
-        self.server_time.fetch_max(time.0, Ordering::Relaxed);
+        // The newest, not the highest: a clock that was set back must be seen to be.
+        self.server_time.store(time.0, Ordering::Relaxed);
     }
 
     /// The next observation; pends for ever when the asking task ended.
@@ -93,12 +97,30 @@ impl Observer {
     }
 }
 
+/// What was learned for a claim.
+struct Claimed {
+    timeline: TimelineId,
+    server_time: Timestamp,
+    lsn: Lsn,
+    source: ClaimSource,
+    margin: Duration,
+}
+
+/// Whether the server's clock advanced less than ours between two readings; what two clocks differ by within a second is
+/// the time that asking takes.
+fn stepped_back(last: (Timestamp, Instant), now: (Timestamp, Instant)) -> bool {
+    const SLACK_MICROS: i64 = 1_000_000;
+    let ours = i64::try_from(now.1.saturating_duration_since(last.1).as_micros()).unwrap_or(i64::MAX);
+    now.0.0.saturating_sub(last.0.0) < ours.saturating_sub(SLACK_MICROS)
+}
+
 struct Asker {
     asking: Asking,
     sender: mpsc::Sender<Observation>,
     server_time: Arc<AtomicI64>,
     run: u32,
-    last: Option<Timestamp>,
+    /// The last reading of the server's clock, and ours that does not jump.
+    last: Option<(Timestamp, Instant)>,
     sql: Option<Sql>,
 }
 
@@ -138,14 +160,16 @@ impl Asker {
             Some(claim) => Some(claim),
             None => self.ask_over_replication().await,
         };
-        let Some((server_time, lsn, source, margin)) = claimed else { return };
-        if self.last.is_some_and(|last| server_time < last) {
+        let Some(Claimed { timeline, server_time, lsn, source, margin }) = claimed else { return };
+        let now = Instant::now();
+        if self.last.is_some_and(|last| stepped_back(last, (server_time, now))) {
             tracing::warn!(%server_time, "the server's clock stepped back: coverage begins anew");
             self.run = rand::random();
         }
-        self.last = Some(server_time);
+        self.last = Some((server_time, now));
         let margin_micros = i64::try_from(margin.as_micros()).unwrap_or(i64::MAX);
-        let _ = self.sender.send(Observation::Claim { server_time, lsn, source, margin_micros, run: self.run }).await;
+        let run = self.run;
+        let _ = self.sender.send(Observation::Claim { timeline, server_time, lsn, source, margin_micros, run }).await;
     }
 
     /// The connection for ordinary queries, made when there is none; the role may not be allowed to have one.
@@ -163,26 +187,29 @@ impl Asker {
     }
 
     /// A connection that failed is not kept.
-    async fn ask_over_sql(&mut self) -> Option<(Timestamp, Lsn, ClaimSource, Duration)> {
+    async fn ask_over_sql(&mut self) -> Option<Claimed> {
         let mut sql = self.take_sql().await?;
         let reading = sql.clock_reading().await.ok()?;
         self.sql = Some(sql);
         let reading = reading?;
-        Some((reading.server_time, reading.insert_lsn, ClaimSource::Insert, INSERT_MARGIN))
+        let ClockReading { server_time, insert_lsn, timeline } = reading;
+        let (lsn, source, margin) = (insert_lsn, ClaimSource::Insert, INSERT_MARGIN);
+        Some(Claimed { timeline, server_time, lsn, source, margin })
     }
 
-    async fn ask_over_replication(&mut self) -> Option<(Timestamp, Lsn, ClaimSource, Duration)> {
+    async fn ask_over_replication(&mut self) -> Option<Claimed> {
         let micros = self.server_time.load(Ordering::Relaxed);
         if micros == i64::MIN {
             return None;
         }
         let mut session = Session::connect(&self.asking.connect, self.asking.host_index).await.ok()?;
-        let lsn = session.identify_system().await.ok()?.flush_lsn;
-        let delay =
-            session.show("wal_writer_delay").await.ok().and_then(|t| crate::util::units::parse_duration(&t).ok());
+        let SystemIdentity { timeline, flush_lsn, .. } = session.identify_system().await.ok()?;
+        let delay = crate::util::units::parse_duration(&session.show("wal_writer_delay").await.ok()?).ok()?;
+        let standby = session.in_hot_standby();
         session.close().await;
-        let margin = INSERT_MARGIN + 3 * delay.unwrap_or(Duration::from_millis(200));
-        Some((Timestamp(micros), lsn, ClaimSource::Flush, margin))
+        // A standby's position says nothing about the primary's clock.
+        let (server_time, lsn, source) = (Timestamp(micros), flush_lsn, ClaimSource::Flush);
+        (!standby).then_some(Claimed { timeline, server_time, lsn, source, margin: INSERT_MARGIN + 3 * delay })
     }
 
     async fn ask_whether_it_stops(&mut self) {
@@ -223,4 +250,18 @@ fn warn_of_waits(waits: &[SyncWait]) {
         "commits wait for the store; to let them go on without it: \
          ALTER SYSTEM RESET synchronous_standby_names; SELECT pg_reload_conf();"
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_set_back_is_noticed_although_it_is_later_than_at_the_last_reading() {
+        let (begin, minute) = (Instant::now(), Duration::from_secs(60));
+        let after =
+            |seconds: i64| stepped_back((Timestamp(0), begin), (Timestamp(seconds * 1_000_000), begin + minute));
+        assert!(after(-1) && after(30) && after(58));
+        assert!(!after(60) && !after(61) && !after(4000));
+    }
 }

@@ -21,13 +21,15 @@ use super::resume::{Conflict, Resume};
 use super::settings::Settings;
 use super::status::{ArchiveStatus, State, StoredStream};
 use super::uploader::{StoreTrouble, Stored, Uploader};
-use crate::pg::{Lsn, TimelineId};
+use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::replication::{ReplicationError, StatusSender, StatusUpdate, WalEvent, WalReader};
 use crate::repository::coverage::{self, Claim};
 use crate::repository::layout::{ContentHash, WalRange};
 
 /// How often a status is sent at least; PostgreSQL's `wal_sender_timeout` is 60 s by default.
 const STATUS_INTERVAL: Duration = Duration::from_secs(2);
+/// Claims that may wait for their WAL to be stored.
+const CLAIMS_WAITING_MAX: usize = 64;
 /// How long the rest of a lost stream may take to be stored before the next connection is tried.
 const FLUSH_PATIENCE: Duration = Duration::from_secs(20);
 
@@ -126,7 +128,12 @@ impl<'a> Stream<'a> {
             }
             let due = self.pacing.due().filter(|_| self.may_put_part());
             let wake = tokio::time::Instant::from_std(due.unwrap_or_else(|| Instant::now() + STATUS_INTERVAL));
-            let reading = self.held_bytes() < self.context.settings.buffer_bytes_max && self.switch.is_none();
+            if self.uploader.has_failed() {
+                return Ended::Lost(ReplicationError::Protocol("an upload of ours ended unexpectedly".to_owned()));
+            }
+            // A unit must be able to fill, or nothing would ever be read again.
+            let buffer_max = self.context.settings.buffer_bytes_max.max(self.assembler.unit_bytes());
+            let reading = self.held_bytes() < buffer_max && self.switch.is_none();
             let step = tokio::select! {
                 biased;
                 () = cancel.cancelled() => return Ended::Cancelled,
@@ -245,10 +252,13 @@ impl<'a> Stream<'a> {
 
     async fn observed(&mut self, observation: Observation) -> Result<(), Ended> {
         match observation {
-            Observation::Claim { server_time, lsn, source, margin_micros, run } => {
-                let timeline = self.progress.timeline();
-                self.claims.push(Claim { timeline, server_time, lsn, source, margin_micros, run });
-                self.write_claims();
+            Observation::Claim { timeline, server_time, lsn, source, margin_micros, run } => {
+                // The newest is dropped when many wait: it would be reached last.
+                if timeline == self.progress.timeline() && self.claims.len() < CLAIMS_WAITING_MAX {
+                    let lsn = before_page_header(lsn, self.uploader.destination().segment_size);
+                    self.claims.push(Claim { timeline, server_time, lsn, source, margin_micros, run });
+                    self.write_claims();
+                }
             }
             Observation::Synchronous(synchronous) => {
                 let rpo = if synchronous { Duration::ZERO } else { self.context.settings.rpo };
@@ -272,7 +282,7 @@ impl<'a> Stream<'a> {
             return;
         }
         let stored = self.progress.reported();
-        let Some(last) = self.claims.iter().rposition(|c| reaches(stored, c.lsn)) else { return };
+        let Some(last) = self.claims.iter().rposition(|c| stored >= c.lsn) else { return };
         let Some(claim) = self.claims.drain(..=last).next_back() else { return };
         let (destination, status) = (self.uploader.destination().clone(), self.context.status.clone());
         self.claiming = Some(tokio::spawn(async move {
@@ -352,16 +362,39 @@ impl From<ReplicationError> for Ended {
     }
 }
 
-/// Whether stored WAL up to `stored` contains everything before `lsn`. The insert position may lie right behind a page
-/// header that is not written yet: nothing of the log is between.
-fn reaches(stored: Lsn, lsn: Lsn) -> bool {
+/// The insert position may lie right behind a page header that is not written yet: nothing of the log is between, and a
+/// claim about the page's start is one that the stored stream reaches also when nothing more is written.
+fn before_page_header(lsn: Lsn, size: SegmentSize) -> Lsn {
     const PAGE: u64 = 8192;
+    const SHORT_HEADER: u64 = 24;
     const LONG_HEADER: u64 = 40;
-    stored >= lsn || (lsn.0 % PAGE <= LONG_HEADER && stored.0 >= lsn.0 - lsn.0 % PAGE)
+    let page = Lsn(lsn.0 - lsn.0 % PAGE);
+    let header = if size.start_of(page) == page { LONG_HEADER } else { SHORT_HEADER };
+    if lsn.0 - page.0 == header { page } else { lsn }
 }
 
 fn slice(unit: &Unit, start: Lsn, end: Lsn) -> Option<bytes::Bytes> {
     let from = usize::try_from(start.checked_since(unit.start_lsn)?).ok()?;
     let to = usize::try_from(end.checked_since(unit.start_lsn)?).ok()?;
     (from <= to && to <= unit.bytes.len()).then(|| unit.bytes.slice(from..to))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_position_right_behind_a_page_header_is_that_page_s_start() {
+        let segment = 3 << 24;
+        let check = |lsn: u64, expected: u64| {
+            assert_eq!(before_page_header(Lsn(lsn), SegmentSize::MIB_16), Lsn(expected), "{lsn:X}");
+        };
+        check(segment + 40, segment);
+        check(segment + 8192 + 24, segment + 8192);
+        // The last bytes of a record that crosses the border of two pages.
+        check(segment + 8192 + 40, segment + 8192 + 40);
+        check(segment + 8192 + 32, segment + 8192 + 32);
+        check(segment + 24, segment + 24);
+        check(segment + 8192, segment + 8192);
+    }
 }

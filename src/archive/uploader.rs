@@ -41,6 +41,10 @@ pub struct Stored {
     pub content_bytes: u64,
 }
 
+/// How long a PUT may take before the store counts as troubled, without the time for its bytes.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+const SLOW_BYTES_PER_SECOND: u64 = 1 << 20;
+
 /// What keeps the store from taking WAL, as seen by the uploads; `None` while all goes well.
 pub type StoreTrouble = Option<String>;
 
@@ -52,12 +56,13 @@ pub struct Uploader {
     in_flight_bytes: u64,
     trouble: watch::Sender<StoreTrouble>,
     cancel: CancellationToken,
+    failed: bool,
 }
 
 impl Uploader {
     pub fn new(destination: Destination, puts_in_flight: usize, trouble: watch::Sender<StoreTrouble>) -> Self {
         let (jobs, cancel) = (JoinSet::new(), CancellationToken::new());
-        Uploader { destination, jobs, puts_in_flight, in_flight_bytes: 0, trouble, cancel }
+        Uploader { destination, jobs, puts_in_flight, in_flight_bytes: 0, trouble, cancel, failed: false }
     }
 
     pub fn destination(&self) -> &Destination {
@@ -71,6 +76,11 @@ impl Uploader {
 
     pub fn is_idle(&self) -> bool {
         self.jobs.is_empty()
+    }
+
+    /// Whether an upload ended without having stored its bytes: the stream must begin again before them.
+    pub fn has_failed(&self) -> bool {
+        self.failed
     }
 
     pub fn in_flight_bytes(&self) -> u64 {
@@ -103,7 +113,10 @@ impl Uploader {
                 }
                 // A cancelled or panicked upload stored nothing that we know of: its bytes stay unreported.
                 Ok(None) => {}
-                Err(error) => tracing::error!(%error, "an upload of WAL ended unexpectedly"),
+                Err(error) => {
+                    tracing::error!(%error, "an upload of WAL ended unexpectedly");
+                    self.failed = true;
+                }
             }
         }
     }
@@ -129,7 +142,7 @@ impl Job {
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5));
         let mut failed = false;
         loop {
-            match self.put().await {
+            match self.put_noticing_silence(trouble).await {
                 Ok(key) => {
                     if failed {
                         tracing::info!(object = key.as_str(), "the store takes WAL again");
@@ -148,6 +161,19 @@ impl Job {
                 }
             }
         }
+    }
+
+    /// A store that does not answer is in trouble long before every attempt has run into its limit.
+    async fn put_noticing_silence(&self, trouble: &watch::Sender<StoreTrouble>) -> Result<Key, RepositoryError> {
+        let limit = SILENCE_MAX + Duration::from_secs(self.bytes.len() as u64 / SLOW_BYTES_PER_SECOND);
+        let mut put = std::pin::pin!(self.put());
+        if let Ok(done) = tokio::time::timeout(limit, &mut put).await {
+            return done;
+        }
+        let text = format!("the store has not answered for {} s", limit.as_secs());
+        tracing::warn!(lsn = %self.start_lsn, error = %text, "store WAL: still waiting");
+        trouble.send_if_modified(|t| t.is_none() && t.replace(text).is_none());
+        put.await
     }
 
     async fn put(&self) -> Result<Key, RepositoryError> {
