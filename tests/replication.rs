@@ -226,8 +226,14 @@ async fn a_server_that_shuts_down_sends_everything_and_says_so() {
         session.create_physical_slot("s").await.expect("a slot");
         let start = SegmentSize::MIB_16.start_of(cluster.flush_lsn());
         let (mut reader, sender) = session.start_replication(&from(start, 1)).await.expect("a stream").split();
-        cluster.begin_stop(Stop::Fast);
+        // A walsender that is told to stop before it has begun to stream sends nothing.
         let mut end = start;
+        while end == start {
+            if let WalEvent::Data { start_lsn, bytes, .. } = next(&mut reader).await.expect("a stream") {
+                end = start_lsn.saturating_add(bytes.len() as u64);
+            }
+        }
+        cluster.begin_stop(Stop::Fast);
         let e = loop {
             match next(&mut reader).await {
                 Ok(WalEvent::Data { start_lsn, bytes, .. }) => end = start_lsn.saturating_add(bytes.len() as u64),

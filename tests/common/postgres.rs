@@ -422,6 +422,9 @@ impl Cluster {
         // Not `pg_basebackup -R`: what it writes for 18 is refused by an older libpq of the system.
         let source = format!("host={} port={} user=postgres", self.socket_dir().display(), self.port);
         standby.settings.insert("primary_conninfo".to_owned(), source);
+        // A comparison may take long on a busy machine: replay waits for it.
+        standby.settings.insert("max_standby_streaming_delay".to_owned(), "-1".to_owned());
+        standby.settings.insert("max_standby_archive_delay".to_owned(), "-1".to_owned());
         std::fs::write(standby.data.join("standby.signal"), "").unwrap();
         standby.write_settings();
         standby.start();
