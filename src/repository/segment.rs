@@ -8,26 +8,14 @@ use std::ops::Range;
 use bytes::{Bytes, BytesMut};
 
 use super::catalogue::{WalObject, list_wal_timeline};
-use super::codec::{CodecError, Kind};
-use super::format::{Repository, RepositoryError, corrupt};
-use super::layout::{ContentHash, Incarnation, WAL_OBJECT_BYTES_MAX, WalRange};
+use super::format::{Repository, RepositoryError};
+use super::layout::{Incarnation, WalRange};
+use super::wal_object;
 use crate::pg::{SegmentNo, SegmentSize, TimelineId};
 
 /// Reads one stored range and checks it against its name.
 pub async fn read_range(repository: &Repository, object: &WalObject) -> Result<Bytes, RepositoryError> {
-    let content = repository.read(&object.key, Kind::Wal, WAL_OBJECT_BYTES_MAX).await?;
-    let (codec, checked) = (repository.codec().clone(), content.clone());
-    let digest = tokio::task::spawn_blocking(move || codec.digest(&checked)).await;
-    let hash = ContentHash::of(&digest.map_err(|_| RepositoryError::Stopping)?);
-    let length = object.range.to.saturating_sub(object.range.from);
-    if content.len() as u64 != length {
-        let found = content.len() as u64;
-        return Err(corrupt(&object.key, CodecError::Length { found, declared: length }));
-    }
-    if hash != object.range.hash {
-        return Err(corrupt(&object.key, CodecError::Digest));
-    }
-    Ok(content)
+    wal_object::read_range(repository, &object.key, &object.range).await
 }
 
 /// The fewest ranges that cover a segment from `bounds.start` without a hole, and the offset that they reach (at most
@@ -98,6 +86,7 @@ async fn read_covering(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::repository::layout::ContentHash;
 
     fn range(from: u64, to: u64) -> WalRange {
         let (timeline, segment) = (TimelineId(1), SegmentNo(1));
