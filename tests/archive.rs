@@ -438,3 +438,63 @@ async fn a_cut_connection_is_made_again_without_loss() {
     assert_ne!(before, cluster.query("SELECT active_pid FROM pg_replication_slots"));
     running.stop().await;
 }
+
+/// Other history files that lie about make a server skip ids.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_promotion_that_skips_a_timeline_id_is_followed() {
+    let dir = Directory::new("archive");
+    let repository = repository(dir.path()).await;
+    let mut primary = keep(NEWEST);
+    let mut standby = primary.standby();
+    standby.stop(Stop::Fast);
+    standby.set("recovery_target_timeline", "current");
+    let taken = standby.data().join("pg_wal/00000002.history");
+    std::fs::write(taken, "1\t0/1000028\tno recovery target specified\n").unwrap();
+    standby.start();
+    let mut connect = config(&primary);
+    connect.hosts.extend(config(&standby).hosts);
+    let running = Running::start_with(&repository, connect, Settings::default()).await;
+    let end = write(&primary, 20_000);
+    running.wait_stored(end).await;
+    standby.wait_replayed(end);
+    primary.stop(Stop::Fast);
+    standby.promote();
+    standby.wait_writable();
+    assert_eq!(standby.timeline(), 3);
+    let end = write(&standby, 20_000);
+    let on_three = |s: &ArchiveStatus| s.stored.is_some_and(|s| s.timeline == TimelineId(3) && s.end_lsn >= end);
+    let status = running.wait("timeline 3", on_three).await;
+    assert_eq!(status.gaps_found, 0);
+    running.stop().await;
+    assert!(assert_equal_to_server(&standby, 3, &stored(&repository, 3).await) > 0);
+    let known = identity::current(&repository).await.expect("identity").expect("one");
+    let listing = catalogue::list_wal(&repository, known.incarnation, SIZE).await.expect("list");
+    let histories: Vec<TimelineId> = listing.histories.iter().map(|h| h.timeline).collect();
+    assert_eq!(histories, [TimelineId(3)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_gives_up_a_silent_network_is_followed_again_without_loss() {
+    let cluster = Cluster::builder(NEWEST).setting("wal_keep_size", "1GB").setting("wal_sender_timeout", "2s").start();
+    let dir = Directory::new("archive");
+    let repository = repository(dir.path()).await;
+    let proxy = TcpProxy::start(&cluster);
+    let mut connect = config(&cluster);
+    let text = format!("{} application_name=archiver", proxy.conninfo());
+    connect.hosts = text.parse::<pgrecall::replication::ConnectConfig>().expect("a connection string").hosts;
+    let running = Running::start_with(&repository, connect, Settings::default()).await;
+    let end = write(&cluster, 100);
+    running.wait_stored(end).await;
+    proxy.pause(true);
+    let end = write(&cluster, 50_000);
+    wait::until_async("the server gives up", 30, || async {
+        cluster.log().contains("terminating walsender process due to replication timeout")
+    })
+    .await;
+    assert!(running.status.borrow().stored.is_some_and(|s| s.end_lsn < end));
+    proxy.pause(false);
+    running.wait_stored(end).await;
+    assert_eq!(running.status.borrow().gaps_found, 0);
+    running.stop().await;
+    assert!(assert_equal_to_server(&cluster, 1, &stored(&repository, 1).await) > 0);
+}
