@@ -22,6 +22,7 @@ mod crash;
 mod daemon;
 mod end_to_end;
 mod harness;
+mod incarnation;
 mod instance;
 mod reader;
 mod recovery;

@@ -11,8 +11,8 @@ use crate::lineage::moment::target::ParseTargetError;
 use crate::lineage::moment::{Moment, Request};
 use crate::operations::locate;
 use crate::pg::{TimelineId, Timestamp};
+use crate::repository::Repository;
 use crate::repository::backup_object::Surroundings;
-use crate::repository::{Repository, identity};
 use crate::restore::Plan;
 use crate::util::clock;
 use crate::wal::transactions::TransactionEnd;
@@ -32,6 +32,11 @@ pub struct TargetArguments {
     /// The timeline to end on, instead of the one that is archived now
     #[arg(long, value_name = "N")]
     timeline: Option<u32>,
+
+    /// The past to look in, where `incarnation open` began another: 1 is the first [default: the one that holds the time
+    /// or the backup, else the newest]
+    #[arg(long, value_name = "ORDINAL")]
+    incarnation: Option<u32>,
 }
 
 /// A plan with what led to it, and what a person wants to know of it.
@@ -61,12 +66,8 @@ impl TargetArguments {
             .map_err(|error: ParseTargetError| Failure::new(Code::Usage, format!("understand the target: {error}")))?;
         let timeline = self.timeline.map(TimelineId);
         let request = Request { target: target.clone(), exclusive: self.exclusive, timeline };
-        let known = identity::current(repository).await?;
-        let known = known.ok_or_else(|| {
-            Failure::new(Code::NotFound, format!("plan a restore of {}: nothing is stored yet", environment.name))
-        })?;
         let name = environment.name.as_str();
-        let (moment, mut plan, archive) = locate::plan(repository, &known, name, &request).await?;
+        let (moment, mut plan, archive) = locate::plan_any(repository, name, &request, self.incarnation).await?;
         if let Some(commit) = archive.backup(plan.backup.id.as_str()) {
             plan.lacks = lacks(environment, &plan, &commit.surroundings);
         }

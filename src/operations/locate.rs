@@ -7,11 +7,11 @@ use futures::{StreamExt, TryStreamExt};
 
 use crate::error::{Code, Failure};
 use crate::lineage::coverage::Claim;
-use crate::lineage::moment::{ArchiveView, BackupPoint, Gap, Moment, Request, Search, Unreachable};
+use crate::lineage::moment::{ArchiveView, BackupPoint, Gap, Moment, Request, Search, Target, Unreachable};
 use crate::lineage::{History, Path, StoredRanges};
 use crate::pg::{Lsn, SegmentNo, TimelineId};
 use crate::repository::backup_object::BackupCommit;
-use crate::repository::identity::KnownIncarnation;
+use crate::repository::identity::{self, KnownIncarnation};
 use crate::repository::index::{self, StoredIndexes};
 use crate::repository::{Key, Repository, RepositoryError, coverage};
 use crate::restore::gather::{Gathered, PlanRequest};
@@ -111,8 +111,12 @@ impl Archive {
     /// # Errors
     /// `UnreachableTarget` with the nearest moments that work.
     pub async fn moment(&self, request: &Request) -> Result<Moment, Failure> {
+        Ok(self.find(request).await?)
+    }
+
+    async fn find(&self, request: &Request) -> Result<Moment, NoPlan> {
         let view = self.view();
-        let mut search = Search::new(request, &view).map_err(unreachable)?;
+        let mut search = Search::new(request, &view)?;
         let places = self.segments(search.path(), search.scan_from());
         let mut stored: Vec<(TimelineId, StoredIndexes)> = Vec::new();
         let (incarnation, size) = (self.gathered.known.incarnation, self.gathered.known.identity.segment_size);
@@ -126,8 +130,11 @@ impl Archive {
         let mut indexes = std::pin::pin!(reads.buffered(READS_MAX));
         while let Some(index) = indexes.try_next().await? {
             search.push(&index);
+            if search.is_done() {
+                break;
+            }
         }
-        search.finish().map_err(unreachable)
+        Ok(search.finish()?)
     }
 
     /// Plans the way to a moment.
@@ -182,26 +189,152 @@ impl Archive {
     }
 }
 
-/// The moment and the plan for it. When something seems to be missing, everything is listed once more before that is
-/// believed.
+/// A moment, the plan for it, and what it was found in.
+pub type Located = (Moment, Plan, Archive);
+
+/// Why there is no plan.
+enum NoPlan {
+    Unreachable(Unreachable),
+    Failed(Failure),
+}
+
+/// The moment and the plan for it, in one incarnation. When something seems to be missing, everything is listed once more
+/// before that is believed.
+///
+/// # Errors
+/// `UnreachableTarget` with the nearest moments that work.
 pub async fn plan(
     repository: &Repository,
     known: &KnownIncarnation,
     environment: &str,
     request: &Request,
-) -> Result<(Moment, Plan, Archive), Failure> {
+) -> Result<Located, Failure> {
+    Ok(plan_in(repository, known, environment, request).await?)
+}
+
+/// The moment and the plan for it, in whichever incarnation holds it, or in the one of this ordinal. Backups have names of
+/// their own, and a time belongs to the incarnation that lived then; every other target is looked for in the newest one.
+///
+/// # Errors
+/// As [`plan`]; also when several incarnations claim the time.
+pub async fn plan_any(
+    repository: &Repository,
+    environment: &str,
+    request: &Request,
+    ordinal: Option<u32>,
+) -> Result<Located, Failure> {
+    let all = identity::list(repository).await?;
+    let ordinals = all.iter().map(|known| known.incarnation.ordinal.to_string()).collect::<Vec<_>>().join(", ");
+    let Some(newest) = all.last() else {
+        return Err(Failure::new(Code::NotFound, format!("plan a restore of {environment}: nothing is stored yet")));
+    };
+    if let Some(ordinal) = ordinal {
+        let chosen = all.iter().find(|known| known.incarnation.ordinal == ordinal);
+        let unknown = || format!("reach the target: there is no incarnation {ordinal}; there are {ordinals}");
+        let chosen = chosen.ok_or_else(|| Failure::new(Code::UnreachableTarget, unknown()))?;
+        return plan(repository, chosen, environment, request).await;
+    }
+    if !matches!(request.target, Target::Time(_) | Target::Backup(_)) {
+        return plan(repository, newest, environment, request)
+            .await
+            .map_err(|failure| hint_at(failure, &ordinals, &all));
+    }
+    let mut found: Vec<(u32, Located)> = Vec::new();
+    let mut refused: Vec<(&KnownIncarnation, Unreachable)> = Vec::new();
+    for known in all.iter().rev() {
+        match plan_in(repository, known, environment, request).await {
+            Ok(located) => found.push((known.incarnation.ordinal, located)),
+            Err(NoPlan::Unreachable(why)) => refused.push((known, why)),
+            // An incarnation that was opened and never archived hides no other.
+            Err(NoPlan::Failed(failure)) if failure.code == Code::NotFound && all.len() > 1 => {}
+            Err(NoPlan::Failed(failure)) => return Err(failure),
+        }
+    }
+    let torn = |(known, why): &(&KnownIncarnation, Unreachable)| {
+        matches!(why, Unreachable::Ambiguous { .. }).then_some(known.incarnation.ordinal)
+    };
+    let claimed = found.iter().map(|(ordinal, _)| *ordinal).chain(refused.iter().filter_map(torn)).collect::<Vec<_>>();
+    if claimed.len() > 1 {
+        let claimed = claimed.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+        let message = format!("reach the target: several incarnations claim it: {claimed}");
+        return Err(Failure::new(Code::UnreachableTarget, message).hint("Choose one with --incarnation ORDINAL."));
+    }
+    if let Some((_, located)) = found.pop() {
+        return Ok(located);
+    }
+    match nearest_refusal(&request.target, refused) {
+        Some(why) => Err(unreachable(why)),
+        None => Err(Failure::new(Code::NotFound, "find stored WAL: there is none")),
+    }
+}
+
+/// The refusal to show: that of the incarnation that lived at the time, else the newest's.
+fn nearest_refusal(target: &Target, refused: Vec<(&KnownIncarnation, Unreachable)>) -> Option<Unreachable> {
+    let lived = |known: &KnownIncarnation| match target {
+        Target::Time(time) => known.identity.opened_at <= *time,
+        _ => true,
+    };
+    let index = refused.iter().position(|(known, _)| lived(known)).unwrap_or(refused.len().saturating_sub(1));
+    refused.into_iter().nth(index).map(|(_, why)| why)
+}
+
+/// Earlier pasts may hold what the newest one does not.
+fn hint_at(failure: Failure, ordinals: &str, all: &[KnownIncarnation]) -> Failure {
+    if failure.code != Code::UnreachableTarget || all.len() < 2 {
+        return failure;
+    }
+    failure.hint(format!("Looked for in the newest incarnation; --incarnation names another ({ordinals})."))
+}
+
+async fn plan_in(
+    repository: &Repository,
+    known: &KnownIncarnation,
+    environment: &str,
+    request: &Request,
+) -> Result<Located, NoPlan> {
     let mut again = true;
     loop {
-        let archive = Archive::load(repository, known).await?;
-        let planned = match archive.moment(request).await {
-            Ok(moment) => archive.plan(environment, &moment, &[]).map(|plan| (moment, plan)),
-            Err(failure) => Err(failure),
+        let archive = Archive::load(repository, known).await.map_err(NoPlan::Failed)?;
+        let planned = match archive.find(request).await {
+            Ok(moment) => archive.plan(environment, &moment, &[]).map(|plan| (moment, plan)).map_err(NoPlan::Failed),
+            Err(error) => Err(error),
         };
         match planned {
             Ok((moment, plan)) => return Ok((moment, plan, archive)),
-            Err(failure) if failure.code == Code::UnreachableTarget && again => again = false,
-            Err(failure) => return Err(failure),
+            Err(error) if error.may_be_stale() && again => again = false,
+            Err(error) => return Err(error),
         }
+    }
+}
+
+impl NoPlan {
+    /// A listing may have been stale.
+    fn may_be_stale(&self) -> bool {
+        match self {
+            NoPlan::Unreachable(_) => true,
+            NoPlan::Failed(failure) => failure.code == Code::UnreachableTarget,
+        }
+    }
+}
+
+impl From<NoPlan> for Failure {
+    fn from(error: NoPlan) -> Self {
+        match error {
+            NoPlan::Unreachable(why) => unreachable(why),
+            NoPlan::Failed(failure) => failure,
+        }
+    }
+}
+
+impl From<Unreachable> for NoPlan {
+    fn from(why: Unreachable) -> Self {
+        NoPlan::Unreachable(why)
+    }
+}
+
+impl From<RepositoryError> for NoPlan {
+    fn from(error: RepositoryError) -> Self {
+        NoPlan::Failed(error.into())
     }
 }
 

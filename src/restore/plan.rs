@@ -258,7 +258,8 @@ impl PlannedBackup {
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (backup, stop) = (&self.backup, &self.stop);
-        writeln!(f, "restore of {} (system {})", self.environment, self.system_id)?;
+        let ordinal = self.incarnation.split('-').next().unwrap_or_default();
+        writeln!(f, "restore of {} (system {}, incarnation {ordinal})", self.environment, self.system_id)?;
         writeln!(
             f,
             "  backup    {} of PostgreSQL {}, ended at {}",

@@ -163,7 +163,8 @@ impl<'a> Search<'a> {
                 let one = self.found.first().is_some_and(|found| found.excluded.is_some()) && self.found.len() == 1;
                 one && is_past && later.into_iter().all(|claim| claim.server_time > settled)
             }
-            Target::Backup(_) => self.is_past_goal(),
+            // What comes first after it is told, too.
+            Target::Backup(_) => self.is_past_goal() && self.found.first().is_none_or(|f| f.excluded.is_some()),
             Target::Latest | Target::Xid(_) | Target::Name(_) => false,
         }
     }
