@@ -24,6 +24,7 @@ mod end_to_end;
 mod harness;
 mod incarnation;
 mod instance;
+mod keys;
 mod reader;
 mod recovery;
 mod replication;

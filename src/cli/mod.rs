@@ -8,6 +8,7 @@ mod backups;
 mod config_check;
 mod daemon;
 mod incarnation;
+mod key;
 mod output;
 mod plan;
 mod progress;
@@ -70,6 +71,9 @@ enum Verb {
     /// The pasts of an environment
     #[command(subcommand)]
     Incarnation(incarnation::Verb),
+    /// The master key of an encrypted environment
+    #[command(subcommand)]
+    Key(key::Verb),
     /// Look at the configuration
     #[command(subcommand)]
     Config(ConfigVerb),
@@ -123,6 +127,7 @@ fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
         Verb::Status(arguments) => block_on(until_interrupted(status::run(context, arguments))),
         Verb::Slot(verb) => block_on(until_interrupted(slot::run(context, verb))),
         Verb::Incarnation(verb) => block_on(until_interrupted(incarnation::run(context, verb))),
+        Verb::Key(verb) => block_on(key::run(context, verb)),
         Verb::Backup(arguments) => block_on(backup::run(context, arguments)),
         Verb::Plan(arguments) => block_on(until_interrupted(plan::run(context, arguments))),
         Verb::Restore(arguments) => block_on(restore::run(context, arguments)),

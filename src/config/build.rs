@@ -53,14 +53,21 @@ impl Environment {
     /// # Errors
     /// When it cannot be read or is not 64 hex digits.
     pub fn load_master_key(&self) -> Result<Option<MasterKey>, Failure> {
-        let Some(reference) = &self.master_key else { return Ok(None) };
+        self.master_key.as_ref().map(|reference| self.read_master_key(reference)).transpose()
+    }
+
+    /// A master key that lies elsewhere than the configuration says, such as the next one.
+    ///
+    /// # Errors
+    /// When it cannot be read or is not 64 hex digits.
+    pub fn read_master_key(&self, reference: &SecretRef) -> Result<MasterKey, Failure> {
         let secret = reference.load().map_err(|error| self.secret_failure(&error))?;
         let bytes = unhex(secret.expose().trim()).and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
         let wrong = || {
             let message = format!("read the master key of {} from {reference}: it is not 64 hex digits", self.name);
             Failure::new(Code::Configuration, message).hint("`openssl rand -hex 32` makes one.")
         };
-        bytes.map(|bytes| Some(MasterKey::new(bytes))).ok_or_else(wrong)
+        bytes.map(MasterKey::new).ok_or_else(wrong)
     }
 
     fn place(&self) -> Result<repository::Location, SecretError> {

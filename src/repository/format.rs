@@ -181,9 +181,13 @@ impl Repository {
         parse_json(key, &content)
     }
 
-    /// Wraps the data key by another master key; the objects that the old one wrapped are removed afterwards.
+    /// Wraps the data key by another master key; what the old one wrapped is removed afterwards. The same key again changes
+    /// nothing.
     pub async fn rotate_master(&self, old: &MasterKey, new: &MasterKey) -> Result<(), RepositoryError> {
         let data_key = load_data_key(&self.store, old).await?;
+        if old.fingerprint() == new.fingerprint() {
+            return Ok(());
+        }
         put_wrapped(&self.store, &data_key, new).await?;
         load_data_key(&self.store, new).await?;
         self.store.delete(&Key::data_key(data_key.id(), &old.fingerprint())).await?;
