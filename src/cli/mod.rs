@@ -53,7 +53,7 @@ enum Verb {
     Daemon,
     /// Say to which moment each environment can be restored now, and what stands in the way
     Status(status::Arguments),
-    /// Take a backup now, by the running daemon or, without one, from here
+    /// Take a backup now, by the running daemon or, without one, from here; one that is still being copied is waited for
     Backup(backup::Arguments),
     /// List the backups of an environment
     Backups(backups::Arguments),

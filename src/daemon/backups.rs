@@ -1,6 +1,7 @@
 //! The backups of one environment: those that are asked for, the first one, and the one after a gap, by themselves.
 //!
-//! One at a time; who asks while one runs hears of that one.
+//! One at a time. Who asks while one is still being copied hears of that one; when the server has sent everything already, of
+//! another that follows it, for that one may lack what was committed just before.
 
 use std::time::Duration;
 
@@ -28,7 +29,10 @@ pub struct Backups {
     snapshot: watch::Sender<EnvironmentSnapshot>,
     cancel: CancellationToken,
     running: Option<Running>,
+    /// Who hears of the one that runs.
     waiting: Vec<ProgressSender>,
+    /// Who hears of the one after it.
+    queued: Vec<ProgressSender>,
     /// Whether a usable backup exists; `None` until the repository was asked.
     has_backup: Option<bool>,
     gaps_seen: u32,
@@ -43,6 +47,14 @@ struct Running {
     progress: watch::Receiver<Progress>,
 }
 
+impl Running {
+    /// Whether the server is still sending files.
+    fn can_be_joined(&self) -> bool {
+        let copies = matches!(self.progress.borrow().phase, Phase::Starting | Phase::Checkpoint | Phase::Copying);
+        copies && !self.task.is_finished()
+    }
+}
+
 impl Backups {
     pub fn new(job: BackupJob, snapshot: watch::Sender<EnvironmentSnapshot>, cancel: CancellationToken) -> Self {
         let pauses = Backoff::new(Duration::from_secs(5), Duration::from_secs(300));
@@ -53,6 +65,7 @@ impl Backups {
             cancel,
             running: None,
             waiting: Vec::new(),
+            queued: Vec::new(),
             has_backup: None,
             gaps_seen,
             was_streaming: false,
@@ -64,9 +77,17 @@ impl Backups {
 
     /// Somebody asks for a backup.
     pub fn asked(&mut self, progress: ProgressSender) {
-        self.waiting.push(progress);
-        if self.running.is_none() {
-            self.start();
+        match &self.running {
+            Some(running) if !running.can_be_joined() => {
+                let phase = "waiting for another backup to end".to_owned();
+                progress.send(BackupProgress::Running { phase, bytes_done: 0, bytes_total: None });
+                self.queued.push(progress);
+            }
+            Some(_) => self.waiting.push(progress),
+            None => {
+                self.waiting.push(progress);
+                self.start();
+            }
         }
     }
 
@@ -155,6 +176,10 @@ impl Backups {
         };
         self.tell(&outcome);
         self.waiting.clear();
+        if !self.queued.is_empty() {
+            self.waiting = std::mem::take(&mut self.queued);
+            self.start();
+        }
     }
 
     fn tell(&self, progress: &BackupProgress) {
