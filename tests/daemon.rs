@@ -155,6 +155,13 @@ fn rows_deleted_by_accident_come_back_by_four_commands() {
     assert_eq!(daemon.stop(), Some(0));
     drop(cluster.query("SELECT 1"));
     let stored = ask(&config, &["status", "shop"]).expect("status");
+    let window = &stored["environments"][0]["store"]["window"];
+    assert_eq!(window.as_array().map(Vec::len), Some(1), "{window}");
+    assert_eq!(
+        (&window[0]["to_lsn"], &window[0]["ended_by"]),
+        (&stored["environments"][0]["store"]["stored_to_lsn"], &serde_json::Value::Null)
+    );
+    assert!(window[0]["from"].as_str() <= window[0]["to"].as_str(), "{window}");
     let stored = stored["environments"][0]["store"]["stored_to_lsn"].as_str().expect("an LSN").parse();
     assert!(stored.is_ok_and(|stored: pgrecall::pg::Lsn| stored >= newest));
     assert_eq!(restore(&config, &cluster, &dir.path().join("latest"), "latest").0, "0");

@@ -140,18 +140,30 @@ fn show_daemon(text: &mut String, daemon: &EnvironmentStatus) {
 
 fn show_store(text: &mut String, store: &StoreState, zone: chrono_tz::Tz) {
     let now = clock::now();
-    let until = match store.covered_until {
-        Some(time) => times::show(time, zone, now),
-        None => "the last stored commit".to_owned(),
-    };
-    let _ = match store.backups.first() {
-        Some(first) => writeln!(
+    let time =
+        |time: Option<crate::pg::Timestamp>| time.map_or("unknown".to_owned(), |time| times::show(time, zone, now));
+    if store.window.is_empty() {
+        let why = match (store.damaged_backups.is_empty(), store.backups.is_empty()) {
+            (false, _) => "unknown while a backup cannot be read",
+            (true, true) => "nothing yet: there is no backup",
+            (true, false) => "nothing yet: no backup has all of its WAL",
+        };
+        let _ = writeln!(text, "  restorable    {why}");
+    }
+    for interval in &store.window {
+        let _ =
+            writeln!(text, "  restorable    from {}\n                to   {}", time(interval.from), time(interval.to));
+        if let Some(cause) = &interval.ended_by {
+            let _ = writeln!(text, "                then nothing until the next backup: {cause}");
+        }
+    }
+    for tail in &store.diverged_tails {
+        let _ = writeln!(
             text,
-            "  restorable    from {}\n                to   {until}",
-            times::show(first.stopped_at, zone, now)
-        ),
-        None => writeln!(text, "  restorable    nothing yet: there is no backup"),
-    };
+            "  diverged      {} commits on timeline {} from {} to {}, not on the one that is followed: --timeline {1}",
+            tail.commits, tail.timeline, tail.fork_lsn, tail.end_lsn
+        );
+    }
     if let (Some(timeline), Some(from), Some(to)) = (store.timeline, &store.stored_from_lsn, &store.stored_to_lsn) {
         let _ = writeln!(text, "  stored WAL    timeline {timeline}, {from} to {to} without a gap");
     }

@@ -4,10 +4,12 @@ use serde::Serialize;
 
 use crate::config::Environment;
 use crate::error::{Code, Failure};
+use crate::lineage::moment::window::Interval;
+use crate::operations::window::{self, Survey, Tail};
 use crate::pg::{Lsn, SegmentSize, TimelineId, Timestamp};
 use crate::repository::catalogue::{self, WalObject};
 use crate::repository::identity::{self, KnownIncarnation};
-use crate::repository::{Repository, RepositoryError, coverage};
+use crate::repository::{Repository, RepositoryError};
 
 /// The newest incarnation, as stored.
 #[derive(Debug, Clone, Serialize)]
@@ -20,11 +22,35 @@ pub struct StoreState {
     /// The unbroken stored stream that ends at the newest stored byte of the newest timeline.
     pub stored_from_lsn: Option<String>,
     pub stored_to_lsn: Option<String>,
+    /// The newest moment that can be restored.
     pub covered_until: Option<Timestamp>,
+    /// What can be restored, oldest first: every moment of each interval, none between them.
+    pub window: Vec<RestorableInterval>,
+    /// WAL past where the followed timeline left another: restorable by naming its timeline.
+    pub diverged_tails: Vec<StoredTail>,
     pub backups: Vec<StoredBackup>,
     /// Ids whose commit object cannot be read, with the reason.
     pub damaged_backups: Vec<DamagedBackup>,
     pub gaps: Vec<StoredGap>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct RestorableInterval {
+    pub from: Option<Timestamp>,
+    pub from_lsn: String,
+    /// The newest proven moment.
+    pub to: Option<Timestamp>,
+    pub to_lsn: String,
+    /// Why nothing can be restored between this interval and the one after it.
+    pub ended_by: Option<String>,
+}
+
+#[derive(Debug, Clone, Serialize)]
+pub struct StoredTail {
+    pub timeline: u32,
+    pub fork_lsn: String,
+    pub end_lsn: String,
+    pub commits: u64,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -66,21 +92,23 @@ pub async fn load(environment: &Environment) -> Result<Option<StoreState>, Failu
         Err(failure) => return Err(failure),
     };
     let Some(current) = identity::current(&repository).await? else { return Ok(None) };
-    Ok(Some(load_incarnation(&repository, &current).await?))
+    load_incarnation(&repository, &current).await.map(Some)
 }
 
-async fn load_incarnation(repository: &Repository, current: &KnownIncarnation) -> Result<StoreState, RepositoryError> {
+async fn load_incarnation(repository: &Repository, current: &KnownIncarnation) -> Result<StoreState, Failure> {
     let (incarnation, size) = (current.incarnation, current.identity.segment_size);
     let wal = catalogue::list_wal(repository, incarnation, size).await?;
     let timeline = wal.ranges.iter().map(|object| object.range.timeline).max();
     let stream = timeline.and_then(|timeline| newest_stream(&wal.ranges, timeline, size));
-    let claims = match timeline {
-        Some(timeline) => coverage::newest(repository, incarnation, timeline).await?,
-        None => Vec::new(),
-    };
-    let covered = claims.iter().map(|claim| claim.server_time.saturating_add_micros(-claim.margin_micros)).max();
     let (backups, damaged_backups) = load_backups(repository, current).await?;
     let gaps = catalogue::list_gaps(repository, incarnation).await?;
+    // Where a backup cannot be read, the others are listed all the same.
+    let survey = match timeline {
+        Some(_) if damaged_backups.is_empty() => Some(window::survey(repository, current).await?),
+        _ => None,
+    };
+    let intervals = survey.as_ref().map(|survey| intervals_of(survey, &gaps)).unwrap_or_default();
+    let tails = survey.map(|survey| survey.tails).unwrap_or_default();
     Ok(StoreState {
         repository: repository.store().place().to_owned(),
         incarnation: incarnation.to_string(),
@@ -89,7 +117,9 @@ async fn load_incarnation(repository: &Repository, current: &KnownIncarnation) -
         timeline: timeline.map(|timeline| timeline.0),
         stored_from_lsn: stream.map(|(start, _)| start.to_string()),
         stored_to_lsn: stream.map(|(_, end)| end.to_string()),
-        covered_until: covered,
+        covered_until: intervals.last().and_then(|interval| interval.to),
+        window: intervals,
+        diverged_tails: tails.iter().map(StoredTail::from).collect(),
         backups,
         damaged_backups,
         gaps: gaps.iter().map(StoredGap::from).collect(),
@@ -127,6 +157,35 @@ async fn load_backups(
     }
     backups.sort_by_key(|backup| backup.stopped_at);
     Ok((backups, damaged))
+}
+
+fn intervals_of(survey: &Survey, gaps: &[catalogue::Gap]) -> Vec<RestorableInterval> {
+    let next_starts = survey.intervals.iter().skip(1).map(|interval| Some(interval.from.lsn)).chain([None]);
+    let shown = |(interval, next): (&Interval, Option<Lsn>)| {
+        let cause = |next: Lsn| {
+            let noted = gaps.iter().find(|gap| gap.end_lsn > interval.to_lsn && gap.start_lsn < next);
+            noted.map_or_else(|| "WAL is missing in the store".to_owned(), |gap| gap.cause.clone())
+        };
+        RestorableInterval {
+            from: interval.from.time,
+            from_lsn: interval.from.lsn.to_string(),
+            to: interval.to_time,
+            to_lsn: interval.to_lsn.to_string(),
+            ended_by: next.map(cause),
+        }
+    };
+    survey.intervals.iter().zip(next_starts).map(shown).collect()
+}
+
+impl From<&Tail> for StoredTail {
+    fn from(tail: &Tail) -> Self {
+        StoredTail {
+            timeline: tail.at.timeline.0,
+            fork_lsn: tail.at.fork_lsn.to_string(),
+            end_lsn: tail.at.end_lsn.to_string(),
+            commits: tail.commits,
+        }
+    }
 }
 
 /// `[start, end)` of the stored bytes that reach without a hole to the newest one of a timeline.

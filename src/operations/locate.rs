@@ -152,6 +152,16 @@ impl Archive {
             .map_err(|e| Failure::new(Code::UnreachableTarget, format!("plan the restore: {e}")))
     }
 
+    /// The indexes of a timeline's stored segments from the one that holds `from` on.
+    pub(super) async fn indexes(&self, timeline: TimelineId, from: Lsn) -> Result<Vec<SegmentIndex>, Failure> {
+        let size = self.gathered.known.identity.segment_size;
+        let stored = index::list(&self.repository, self.gathered.known.incarnation, timeline, size).await?;
+        let Some(path) = self.history.path_to(timeline) else { return Ok(Vec::new()) };
+        let places = self.segments(&path, from).into_iter().filter(|(_, holder)| *holder == timeline);
+        let reads = futures::stream::iter(places).map(|place| self.index(stored.get(&place.0), place));
+        Ok(reads.buffered(READS_MAX).try_collect().await?)
+    }
+
     /// What the chosen backup says of its server's surroundings.
     pub fn backup(&self, id: &str) -> Option<&BackupCommit> {
         self.gathered.backups.iter().find(|b| b.id.as_str() == id)

@@ -3,3 +3,4 @@
 pub mod backup;
 pub mod locate;
 pub mod restore;
+pub mod window;

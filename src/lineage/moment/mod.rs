@@ -21,6 +21,7 @@ pub mod target;
 #[expect(clippy::cast_possible_truncation, reason = "numbers of the tests themselves")]
 mod tests;
 mod unreachable;
+pub mod window;
 
 use super::coverage::Claim;
 use super::history::History;

@@ -475,3 +475,36 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn the_window_ends_at_a_gap_and_begins_anew_with_the_next_backup() {
+    let mut archive = Archive::new(&[], 150);
+    archive.stored.add(ONE, at(300), at(500));
+    archive.claim(ONE, "a", 41.0, 130);
+    archive.backup("b2", ONE, 310, 320, 60.0);
+    archive.backup("b3", ONE, 410, 420, 70.0);
+    archive.claim(ONE, "a", 5.0, 500);
+    let shown = |archive: &Archive| -> Vec<(Lsn, Option<Timestamp>, Lsn, Option<Timestamp>)> {
+        let all = window::intervals(&archive.view());
+        all.iter().map(|i| (i.from.lsn, i.from.time, i.to_lsn, i.to_time)).collect()
+    };
+    let time = |s| Some(second(s));
+    // A clock that was set back does not end the window before it begins.
+    let expected = [(at(110), time(10.0), at(150), time(40.0)), (at(320), time(60.0), at(500), time(70.0))];
+    assert_eq!(shown(&archive), expected);
+    archive.claim(ONE, "a", 91.0, 480);
+    assert_eq!(shown(&archive).last().and_then(|last| last.3), time(90.0));
+    assert_eq!(window::diverged_tails(&archive.view()), []);
+}
+
+#[test]
+fn what_lies_past_a_fork_is_a_diverged_tail() {
+    let mut archive = Archive::new(&[], 200);
+    archive.history.add(TWO, format!("1\t{}\tx\n", at(150)).parse().expect("well formed")).expect("no conflict");
+    archive.stored.add(TWO, at(100), at(300));
+    archive.followed = TWO;
+    let tail = |timeline, end| window::DivergedTail { timeline, fork_lsn: at(150), end_lsn: at(end) };
+    assert_eq!(window::diverged_tails(&archive.view()), [tail(ONE, 200)]);
+    archive.followed = ONE;
+    assert_eq!(window::diverged_tails(&archive.view()), [tail(TWO, 300)]);
+}
