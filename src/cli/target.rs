@@ -10,6 +10,7 @@ use crate::lineage::Target;
 use crate::lineage::moment::target::ParseTargetError;
 use crate::lineage::moment::{Moment, Request};
 use crate::operations::locate;
+use crate::operations::restore::is_root;
 use crate::pg::{TimelineId, Timestamp};
 use crate::repository::Repository;
 use crate::repository::backup_object::Surroundings;
@@ -124,5 +125,6 @@ fn lacks(environment: &Environment, plan: &Plan, surroundings: &Surroundings) ->
     };
     let dirs = &environment.restore.postgres_bin_dirs;
     let (_, lacks) = crate::instance::host::check(plan.backup.major, dirs, &needs);
-    lacks.iter().map(ToString::to_string).collect()
+    let root = is_root().then(|| "another user than root: PostgreSQL does not run as root".to_owned());
+    lacks.iter().map(ToString::to_string).chain(root).collect()
 }

@@ -60,6 +60,13 @@ pub struct Section<'d> {
     known: RefCell<Vec<(&'static str, Inherit)>>,
 }
 
+/// How a quantity with a unit is written.
+struct Quantity<T, E> {
+    example: &'static str,
+    parse: fn(&str) -> Result<T, E>,
+    show: fn(T) -> String,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Inherit {
     Yes,
@@ -194,35 +201,32 @@ impl<'d> Section<'d> {
     }
 
     pub fn duration(&self, key: &'static str, default: Duration, range: RangeInclusive<Duration>) -> Duration {
-        let read = self.with_unit(key, "\"30s\"").and_then(|text| match parse_duration(&text.value) {
-            Ok(value) if range.contains(&value) => Some(value),
-            Ok(_) => {
-                let (low, high) = (show_duration(*range.start()), show_duration(*range.end()));
-                self.report_at(&text, format!("{:?} is not between {low} and {high}", text.value));
-                None
-            }
-            Err(message) => {
-                self.report_at(&text, message);
-                None
-            }
-        });
-        read.unwrap_or(default)
+        let quantity = Quantity { example: "\"30s\"", parse: parse_duration, show: show_duration };
+        self.quantity(key, &quantity, &range).unwrap_or(default)
     }
 
     pub fn bytes(&self, key: &'static str, default: u64, range: RangeInclusive<u64>) -> u64 {
-        let read = self.with_unit(key, "\"16MiB\"").and_then(|text| match parse_bytes(&text.value) {
-            Ok(value) if range.contains(&value) => Some(value),
+        let quantity = Quantity { example: "\"16MiB\"", parse: parse_bytes, show: show_bytes };
+        self.quantity(key, &quantity, &range).unwrap_or(default)
+    }
+
+    fn quantity<T: PartialOrd + Copy, E: ToString>(
+        &self,
+        key: &'static str,
+        quantity: &Quantity<T, E>,
+        range: &RangeInclusive<T>,
+    ) -> Option<T> {
+        let text = self.with_unit(key, quantity.example)?;
+        let problem = match (quantity.parse)(&text.value) {
+            Ok(value) if range.contains(&value) => return Some(value),
             Ok(_) => {
-                let (low, high) = (show_bytes(*range.start()), show_bytes(*range.end()));
-                self.report_at(&text, format!("{:?} is not between {low} and {high}", text.value));
-                None
+                let (low, high) = ((quantity.show)(*range.start()), (quantity.show)(*range.end()));
+                format!("{:?} is not between {low} and {high}", text.value)
             }
-            Err(message) => {
-                self.report_at(&text, message);
-                None
-            }
-        });
-        read.unwrap_or(default)
+            Err(error) => error.to_string(),
+        };
+        self.report_at(&text, problem);
+        None
     }
 
     /// A quantity as text; a bare number is refused, because nobody can see whether `30` are seconds or minutes.

@@ -100,6 +100,9 @@ pub async fn execute(
     observer: &mut dyn Observer,
     cancel: CancellationToken,
 ) -> Result<RestoreReport, Failure> {
+    if !request.no_start {
+        refuse_root(is_root())?;
+    }
     let installation = if request.no_start { None } else { Some(find_programs(&plan, request)?) };
     let recovery = recovery_of(&plan, request);
     let options = RestoreOptions {
@@ -124,6 +127,23 @@ pub async fn execute(
             started.run(request, &mut prepared, observer, cancel).await
         }
     }
+}
+
+/// Whether this process runs as root, as which PostgreSQL does not start.
+pub fn is_root() -> bool {
+    rustix::process::geteuid().is_root()
+}
+
+/// PostgreSQL would say no after everything was fetched.
+fn refuse_root(is_root: bool) -> Result<(), Failure> {
+    if !is_root {
+        return Ok(());
+    }
+    let failure = Failure::new(Code::Host, "start the restored cluster: PostgreSQL does not run as root");
+    Err(failure.hint(
+        "Run the restore as the user who is to own the cluster (`sudo -u postgres pgrecall restore …`), or leave a \
+         directory with `--no-start` and give it to that user.",
+    ))
 }
 
 fn find_programs(plan: &Plan, request: &RestoreRequest) -> Result<Installation, Failure> {
@@ -325,4 +345,17 @@ fn drive_failure(error: DriveError) -> Failure {
     };
     Failure::new(code, format!("recover to the target: {error:#}"))
         .hint("The server's own log is pgrecall.log in the directory; the same command begins the restore anew.")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn root_is_told_whom_to_restore_as() {
+        assert!(refuse_root(false).is_ok());
+        let failure = refuse_root(true).expect_err("PostgreSQL refuses root");
+        assert_eq!(failure.code, Code::Host);
+        assert!(failure.hint.is_some_and(|hint| hint.contains("sudo -u postgres")));
+    }
 }
