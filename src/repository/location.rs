@@ -7,9 +7,10 @@ use std::time::Duration;
 use object_store::aws::{AmazonS3Builder, Checksum};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{Certificate, ClientOptions, ObjectStore, RetryConfig};
+use object_store::{ClientOptions, ObjectStore, RetryConfig};
 
 use super::store::StoreError;
+use super::tls::Connector;
 use crate::util::secret::Secret;
 
 /// The root under which each environment has a folder.
@@ -32,7 +33,7 @@ pub struct S3Location {
     /// Bucket in the path instead of the host name.
     pub path_style: bool,
     pub allow_http: bool,
-    /// PEM file with further certificate authorities.
+    /// PEM file with further certificate authorities, or with the store's own certificate.
     pub ca_file: Option<PathBuf>,
     /// `None` takes the environment's or the instance's credentials.
     pub credentials: Option<Credentials>,
@@ -49,8 +50,8 @@ pub struct Credentials {
 }
 
 /// Longest silence of a connection before it is given up.
-const READ_TIMEOUT: Duration = Duration::from_secs(15);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+pub(super) const READ_TIMEOUT: Duration = Duration::from_secs(15);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Location {
     /// Opens the store and tells the path of the root in it.
@@ -85,19 +86,11 @@ fn open_directory(directory: &std::path::Path) -> Result<(Arc<dyn ObjectStore>, 
 impl S3Location {
     fn open(&self) -> Result<(Arc<dyn ObjectStore>, Path), StoreError> {
         let wrong = |e: String| StoreError::Settings(format!("open s3://{}: {e}", self.bucket));
-        let mut client = ClientOptions::new()
+        let client = ClientOptions::new()
             .with_timeout_disabled()
             .with_read_timeout(READ_TIMEOUT)
             .with_connect_timeout(CONNECT_TIMEOUT)
             .with_allow_http(self.allow_http);
-        if let Some(file) = &self.ca_file {
-            let pem = std::fs::read(file).map_err(|e| wrong(format!("read {}: {e}", file.display())))?;
-            let certificates =
-                Certificate::from_pem_bundle(&pem).map_err(|e| wrong(format!("{}: {e}", file.display())))?;
-            for certificate in certificates {
-                client = client.with_root_certificate(certificate);
-            }
-        }
         // Retries are ours: `Store` bounds every operation and knows which errors are worth another attempt.
         let retry = RetryConfig { max_retries: 0, retry_timeout: Duration::ZERO, ..RetryConfig::default() };
         let mut builder = match &self.credentials {
@@ -110,6 +103,9 @@ impl S3Location {
             .with_retry(retry)
             .with_allow_http(self.allow_http)
             .with_virtual_hosted_style_request(!self.path_style);
+        if let Some(file) = &self.ca_file {
+            builder = builder.with_http_connector(Connector::new(file, self.allow_http).map_err(wrong)?);
+        }
         if self.checksum {
             builder = builder.with_checksum_algorithm(Checksum::SHA256);
         }

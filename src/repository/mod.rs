@@ -32,6 +32,7 @@ pub mod pack;
 pub mod segment;
 pub mod store;
 pub mod tables;
+mod tls;
 pub mod wal_object;
 
 #[cfg(test)]
