@@ -14,6 +14,8 @@ use crate::util::durable_fs;
 
 /// Zeros are looked for in blocks of this size.
 const BLOCK_BYTES: usize = 4096;
+/// Smaller pieces are left to the sync at the end.
+const WRITEBACK_BYTES_MIN: u64 = 256 << 10;
 const SUFFIX: &str = ".pgrecall-new";
 const CONTROL_FILE: &str = "global/pg_control";
 
@@ -46,7 +48,10 @@ impl NewFile {
     /// Writes bytes at an offset; blocks of zeros are not written. The file is opened each time: descriptors are few, and
     /// opening costs little beside a frame's decompression.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), TargetError> {
-        write_sparse(&self.create()?, offset, bytes).map_err(io_error("write", &self.path))
+        let file = self.create()?;
+        write_sparse(&file, offset, bytes).map_err(io_error("write", &self.path))?;
+        begin_writeback(&file, offset, bytes.len());
+        Ok(())
     }
 
     /// All pieces are written: sets length and mode, and gives the file its name.
@@ -86,6 +91,14 @@ pub fn unnamed_control_file(target: &TargetDirectory) -> Result<PathBuf, TargetE
 pub fn name_control_file(target: &TargetDirectory) -> Result<(), TargetError> {
     let path = target.resolve(CONTROL_FILE)?;
     durable_fs::rename(&temporary(&path), &path).map_err(io_error("name", &path))
+}
+
+/// The disk begins now what the sync at the end waits for. Linux starts to write out the dirty pages of a range that one
+/// says one does not need; those just written stay in memory. Advice: that it fails changes nothing.
+fn begin_writeback(file: &File, offset: u64, bytes: usize) {
+    if let Some(bytes) = std::num::NonZeroU64::new(bytes as u64).filter(|b| b.get() >= WRITEBACK_BYTES_MIN) {
+        let _ = rustix::fs::fadvise(file, offset, Some(bytes), rustix::fs::Advice::DontNeed);
+    }
 }
 
 /// Writes what is not zero; the caller sets the file's length.
