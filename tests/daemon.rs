@@ -174,3 +174,33 @@ fn rows_deleted_by_accident_come_back_by_four_commands() {
     let future = ask(&config, &["plan", "shop", "--to", "2099-01-01T00:00Z"]).expect_err("not there yet");
     assert!(future.contains("unreachable-target"), "{future}");
 }
+
+#[test]
+fn a_backup_is_read_from_the_standby_among_the_hosts() {
+    let primary = Cluster::start_new(NEWEST);
+    primary.query("CREATE TABLE orders AS SELECT generate_series(1, 1000) n");
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let hosts = |standby: &Cluster| {
+        let sockets = format!("{},{}", primary.socket_dir().display(), standby.socket_dir().display());
+        format!("host={sockets} port={},{} user=postgres dbname=postgres", primary.port(), standby.port())
+    };
+    let standby = primary.standby();
+    let place = dir.path().display();
+    let config = format!(
+        "[environment.shop]\npostgres = \"{}\"\nbackup_from_standby = true\nrepository = \"file://{place}/repository\"\n",
+        hosts(&standby)
+    );
+    let daemon = Daemon::start(dir.path(), &config);
+    let streams = || daemon.status().is_some_and(|s| s["environments"][0]["daemon"]["state"] == "streaming");
+    wait::until("WAL flows from the primary", 60, streams);
+    // From here on a restartpoint of the standby lies in the stored WAL.
+    primary.switch_wal();
+    primary.query("CHECKPOINT");
+    standby.wait_replayed(primary.flush_lsn());
+    standby.query("CHECKPOINT");
+    let asked = ask(&daemon.config, &["backup", "shop"]).expect("a backup that was asked for");
+    let listed = ask(&daemon.config, &["backups", "shop"]).expect("backups");
+    let own = listed["backups"].as_array().and_then(|all| all.iter().find(|b| b["id"] == asked["backup"]).cloned());
+    assert!(own.is_some_and(|backup| backup["from_standby"] == true), "{listed}");
+    assert_eq!(daemon.stop(), Some(0));
+}

@@ -53,6 +53,7 @@ impl World {
             connect: config(&self.cluster),
             archive: self.running.status.clone(),
             settings: BackupSettings::default(),
+            from_standby: false,
         };
         let progress = watch::Sender::new(BackupProgress::default());
         job.run(progress, CancellationToken::new()).await.expect("a backup").commit.id.to_string()

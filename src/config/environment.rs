@@ -34,6 +34,8 @@ pub struct Environment {
     pub master_key: Option<SecretRef>,
     pub archive: Archive,
     pub restore: Restore,
+    /// Backups are read from a standby where one of the hosts is one.
+    pub backup_from_standby: bool,
     /// How far back every moment stays restorable.
     pub window: Duration,
     /// For echoing times; targets carry their own zone.
@@ -136,6 +138,7 @@ impl Environment {
             master_key: read_encryption(section.table("encryption")),
             archive: read_archive(&section),
             restore: read_restore(section.table("restore")),
+            backup_from_standby: section.boolean("backup_from_standby").unwrap_or(false),
             window: section.duration("window", 14 * DAY, Duration::from_hours(1)..=3650 * DAY),
             time_zone: section.parsed("time_zone", parse_zone).unwrap_or(Tz::UTC),
         };

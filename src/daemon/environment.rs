@@ -59,6 +59,7 @@ impl Body for EnvironmentBody {
             connect: self.environment.connect()?,
             archive: archiving.status.clone(),
             settings: BackupSettings::default(),
+            from_standby: self.environment.backup_from_standby,
         };
         let mut backups = Backups::new(job, context.snapshot.clone(), context.cancel.clone());
         let mut slots = std::pin::pin!(self.name_unowned_slots());

@@ -1,6 +1,7 @@
 //! A full backup of an environment whose WAL is being archived.
 //!
-//! The archiver says what is stored, the server sends its files and facts; a backup is taken of the host that is archived.
+//! The archiver says what is stored, the server sends its files and facts: the primary, or a standby where that is wished and
+//! one answers.
 
 use async_trait::async_trait;
 use tokio::sync::watch;
@@ -26,6 +27,8 @@ pub struct BackupJob {
     pub connect: ConnectConfig,
     pub archive: watch::Receiver<ArchiveStatus>,
     pub settings: BackupSettings,
+    /// Spare the primary: read from a standby when one of the hosts is one.
+    pub from_standby: bool,
 }
 
 impl BackupJob {
@@ -39,7 +42,7 @@ impl BackupJob {
     ) -> Result<BackupReport, Failure> {
         let known = identity::current(&self.repository).await?;
         let known = known.ok_or_else(|| not_archived("no WAL was archived yet"))?;
-        let (session, host_index) = self.primary().await?;
+        let (session, host_index) = self.server().await?;
         let backup = FullBackup {
             repository: self.repository.clone(),
             incarnation: known.incarnation,
@@ -56,15 +59,25 @@ impl BackupJob {
         backup.run(with).await.map_err(|error| error.to_failure())
     }
 
-    /// A connection to the first host that is no standby.
-    async fn primary(&self) -> Result<(Session, usize), Failure> {
-        let mut last = None;
+    /// A connection to the host that is read: the first of the wished kind, else, of standbys, the primary.
+    async fn server(&self) -> Result<(Session, usize), Failure> {
+        let (mut last, mut primary) = (None, None);
         for index in 0..self.connect.hosts.len() {
             match Session::connect(&self.connect, index).await {
-                Ok(session) if !session.in_hot_standby() => return Ok((session, index)),
+                Ok(session) if session.in_hot_standby() == self.from_standby => {
+                    if let Some((primary, _)) = primary {
+                        Session::close(primary).await;
+                    }
+                    return Ok((session, index));
+                }
+                Ok(session) if self.from_standby && primary.is_none() => primary = Some((session, index)),
                 Ok(session) => session.close().await,
                 Err(error) => last = Some(error),
             }
+        }
+        if let Some(found) = primary {
+            tracing::info!("no standby answers: the backup is taken from the primary");
+            return Ok(found);
         }
         Err(match last {
             Some(error) => Failure::from(error),
