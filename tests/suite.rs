@@ -32,3 +32,4 @@ mod restore;
 mod server_questions;
 mod store_faults;
 mod wal_oracle;
+mod whole_way;

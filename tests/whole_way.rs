@@ -1,0 +1,196 @@
+//! The whole way by commands alone: a daemon archives, the store is all that is left, a restore gives the moment back.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::common::guard::{Directory, signal};
+use crate::common::minio::Minio;
+use crate::common::pgrecall::{Environment, Pgrecall, Store, secret_file};
+use crate::common::postgres::{Cluster, Stop};
+use crate::common::{MAJORS, NEWEST, compare, wait};
+
+/// Waits until all that was written is acknowledged by the archive.
+fn wait_stored(cluster: &Cluster) {
+    let end = cluster.flush_lsn();
+    wait::until("everything to be stored", 60, || {
+        let flushed = "SELECT min(flush_lsn) FROM pg_stat_replication WHERE application_name LIKE 'pgrecall%'";
+        cluster.query(flushed).parse::<pgrecall::pg::Lsn>().is_ok_and(|stored| stored >= end)
+    });
+}
+
+/// The server's clock, in a form that a target takes; a commit after it makes it a moment of the past.
+fn moment(cluster: &Cluster) -> String {
+    let now = cluster.query("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') || 'Z'");
+    cluster.query("SELECT pg_sleep(0.01)");
+    now
+}
+
+/// Restores by the command; gives its report.
+fn restore(host: &Pgrecall, to: &str, into: &Path, more: &[&str]) -> Value {
+    wait::until(&format!("{to} to be restorable"), 60, || host.try_run(&["plan", "shop", "--to", to]).status == 0);
+    let into = into.display().to_string();
+    host.json(&[&["restore", "shop", "--to", to, "--into", &into], more].concat())
+}
+
+/// The server that a restore left.
+struct Left {
+    pid: u32,
+    psql: Vec<String>,
+}
+
+impl Left {
+    fn of(report: &Value) -> Left {
+        let pid = report["pid"].as_u64().unwrap_or_else(|| panic!("a server runs: {report}"));
+        let psql = report["psql"].as_str().expect("how to connect").split(' ').skip(1).map(str::to_owned).collect();
+        Left { pid: u32::try_from(pid).expect("a process id"), psql }
+    }
+
+    fn query(&self, cluster: &Cluster, sql: &str) -> String {
+        crate::common::postgres::run(cluster.tool("psql").args(&self.psql).args(["-XAtc", sql])).trim().to_owned()
+    }
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        signal(self.pid, "INT");
+        let place = Path::new("/proc").join(self.pid.to_string());
+        wait::until("the restored server ends", 60, || !place.exists());
+    }
+}
+
+/// Each major with another way to end.
+#[test]
+fn what_was_dropped_is_back_in_a_restore_of_every_major() {
+    for major in MAJORS {
+        let cluster = Cluster::start_new(major);
+        let dir = Directory::new("way");
+        let place = Store::Directory(dir.join("repository"));
+        let mut host = Pgrecall::new(&[Environment::new("shop", place).cluster(&cluster)]);
+        cluster.query("CREATE DATABASE books");
+        cluster.query_in("books", "CREATE TABLE pages AS SELECT generate_series(1, 3000) n");
+        host.start(&[&cluster]);
+        host.wait_for_backup("shop");
+        cluster.query("CREATE TABLE orders AS SELECT generate_series(1, 1000) n");
+        cluster.query_in("books", "INSERT INTO pages SELECT generate_series(3001, 4000)");
+        let good = moment(&cluster);
+        cluster.query("DROP TABLE orders");
+        cluster.query("DROP DATABASE books");
+        wait_stored(&cluster);
+        let finish = match major {
+            14 => "shutdown",
+            15 | 16 => "pause",
+            _ => "promote",
+        };
+        let check = if major >= 17 { "full" } else { "quick" };
+        let into = dir.join("before");
+        let report = restore(&host, &good, &into, &["--finish", finish, "--check", check]);
+        let count = "SELECT count(*) FROM orders";
+        if finish == "shutdown" {
+            assert!(report["pid"].is_null() && !into.join("postmaster.pid").exists(), "{report}");
+            assert!(report["reached_lsn"].is_string(), "{report}");
+        } else {
+            let left = Left::of(&report);
+            assert_eq!(left.query(&cluster, "SELECT pg_is_in_recovery()"), if finish == "pause" { "t" } else { "f" });
+            // Paused just before the DROP commits, PostgreSQL still holds the lock that its transaction took.
+            let locked = "SELECT count(*) FROM pg_locks WHERE relation = 'orders'::regclass";
+            match finish {
+                "pause" => assert_eq!(left.query(&cluster, locked), "1"),
+                _ => assert_eq!(left.query(&cluster, count), "1000"),
+            }
+        }
+        let mut copy = Cluster::adopt(major, &into);
+        // A directory that was shut down at its target goes there again whenever it is started, until told otherwise.
+        copy.set_override("recovery_target_action", "promote");
+        copy.start();
+        assert_eq!(copy.query(count), "1000", "{major}");
+        assert_eq!(copy.query_in("books", "SELECT count(*) FROM pages"), "4000", "{major}");
+        host.stop();
+    }
+}
+
+/// Encrypted, in a bucket, with tablespaces; then the host is gone.
+#[test]
+fn a_fresh_host_restores_everything_from_the_bucket_and_the_key() {
+    let (mut cluster, dir) = (Cluster::builder(NEWEST).fresh().start(), Directory::new("way"));
+    let key = dir.join("master.key");
+    secret_file(&key, &"5a".repeat(32));
+    let shop = Environment::new("shop", Store::Bucket(Minio::shared(), "fresh".into())).encrypted(&key);
+    let mut host = Pgrecall::new(&[shop.clone().cluster(&cluster)]);
+    let (fast, slow) = (dir.join("fast"), dir.join("slow"));
+    for (name, place) in [("fast", &fast), ("slow", &slow)] {
+        std::fs::create_dir(place).unwrap();
+        cluster.query(&format!("CREATE TABLESPACE {name} LOCATION '{}'", place.display()));
+        cluster.query(&format!("CREATE TABLE in_{name} TABLESPACE {name} AS SELECT generate_series(1, 5000) n"));
+    }
+    host.start(&[&cluster]);
+    host.wait_for_backup("shop");
+    cluster
+        .query("INSERT INTO in_fast SELECT generate_series(5001, 6000); CREATE INDEX ON in_slow (n) TABLESPACE slow");
+    let expected = compare::fingerprint(&cluster);
+    wait_stored(&cluster);
+    host.kill9();
+    cluster.stop(Stop::Immediate);
+    for gone in [cluster.data(), &fast, &slow] {
+        std::fs::remove_dir_all(gone).unwrap();
+    }
+
+    let fresh = Pgrecall::new(&[shop.clone().store_only()]);
+    let (moved, under) = (dir.join("moved"), dir.join("under"));
+    let more = format!("{}={}", fast.display(), moved.display());
+    let under_shown = under.display().to_string();
+    let tablespaces = ["--tablespace", &more, "--tablespaces-under", &under_shown];
+    let into = dir.join("restored");
+    let report = restore(&fresh, "latest", &into, &[&tablespaces[..], &["--check", "full"]].concat());
+    drop(Left::of(&report));
+    let mut copy = Cluster::adopt(NEWEST, &into);
+    copy.start();
+    compare::assert_same(&expected, &compare::fingerprint(&copy));
+    let places =
+        "SELECT string_agg(pg_tablespace_location(oid), ' ' ORDER BY spcname) FROM pg_tablespace WHERE oid > 16000";
+    let oid = copy.query("SELECT oid FROM pg_tablespace WHERE spcname = 'slow'");
+    assert_eq!(copy.query(places), format!("{} {}", moved.display(), under.join(oid).display()));
+    compare::check_sound(&mut copy);
+    fresh.run(&["verify", "shop", "--read-data"]);
+
+    // Without the key, or with another one, nothing is restored.
+    secret_file(&key, &"a5".repeat(32));
+    let into = dir.join("not").display().to_string();
+    let refused = fresh.refused(&["restore", "shop", "--into", &into]);
+    assert!(refused.stderr.contains("key") && refused.status == 3, "{refused:?}");
+    assert!(!Path::new(&into).exists());
+}
+
+/// As Debian lays a cluster out: the configuration is elsewhere.
+#[test]
+fn a_cluster_with_its_configuration_elsewhere_is_restored_and_starts() {
+    let dir = Directory::new("way");
+    let mut cluster = Cluster::builder(NEWEST).make();
+    let etc = dir.join("etc");
+    std::fs::create_dir(&etc).unwrap();
+    for name in ["postgresql.conf", "pg_hba.conf", "pg_ident.conf", "test.conf"] {
+        std::fs::rename(cluster.data().join(name), etc.join(name)).unwrap();
+    }
+    let files = format!(
+        "data_directory = '{}'\nhba_file = '{etc}/pg_hba.conf'\nident_file = '{etc}/pg_ident.conf'\n",
+        cluster.data().display(),
+        etc = etc.display()
+    );
+    let main = std::fs::read_to_string(etc.join("postgresql.conf")).unwrap() + &files;
+    std::fs::write(etc.join("postgresql.conf"), main).unwrap();
+    cluster.set_override("config_file", &etc.join("postgresql.conf").display().to_string());
+    cluster.start();
+    let place = Store::Directory(dir.join("repository"));
+    let mut host = Pgrecall::new(&[Environment::new("shop", place).cluster(&cluster)]);
+    host.start(&[&cluster]);
+    host.wait_for_backup("shop");
+    cluster.query("CREATE TABLE orders AS SELECT generate_series(1, 1000) n");
+    wait_stored(&cluster);
+    host.stop();
+    cluster.stop(Stop::Fast);
+    for more in [&[][..], &["--with-config"]] {
+        let into = dir.join(format!("restored{}", more.len()));
+        let left = Left::of(&restore(&host, "latest", &into, more));
+        assert_eq!(left.query(&cluster, "SELECT count(*) FROM orders"), "1000", "{more:?}");
+    }
+}
