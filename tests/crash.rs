@@ -80,21 +80,30 @@ impl World {
         victim
     }
 
+    fn transaction_ends(&self) -> Vec<TransactionEnd> {
+        ledger::transaction_ends(&self.primary, &self.primary.data().join("pg_wal"))
+    }
+
     fn restore_and_compare(&mut self) {
         self.ledger.wait_for(20);
-        let ends = ledger::transaction_ends(&self.primary, &self.primary.data().join("pg_wal"));
+        let acknowledged = self.ledger.acknowledged();
+        let ends = self.transaction_ends();
+        let found = self.ledger.expected(&ends, Lsn::MAX);
+        let unseen: Vec<_> = acknowledged.difference(&found).collect();
+        assert!(unseen.is_empty(), "the source's WAL was not read whole: {unseen:?}");
+
         let backup: Lsn =
             self.host.json(&["backups", "shop"])["backups"][0]["stop_lsn"].as_str().unwrap().parse().unwrap();
-        let reachable: Vec<&TransactionEnd> = ends.iter().filter(|e| e.committed && e.lsn > backup).collect();
+        // A transaction of a later time follows, so that the WAL read above says where the restore ends.
+        let newest = ends.iter().map(|e| &e.time).max().unwrap();
+        let reachable: Vec<&TransactionEnd> =
+            ends.iter().filter(|e| e.committed && e.lsn > backup && e.time < *newest).collect();
         let chosen = reachable[self.random.random_range(0..reachable.len())];
         let time = format!("{}+00:00", chosen.time);
-        let stop = ends.iter().find(|e| e.lsn > backup && e.time > chosen.time).map_or(Lsn::MAX, |e| e.lsn);
-        if stop != Lsn::MAX {
-            let expected = self.ledger.expected(&ends, stop);
-            let restored = restore(&self.host, &time, &self.primary.scratch().join("at-time"));
-            self.ledger.check(&restored, &expected);
-        }
-        let acknowledged = self.ledger.acknowledged();
+        let stop = ends.iter().find(|e| e.lsn > backup && e.time > chosen.time).unwrap().lsn;
+        let restored = restore(&self.host, &time, &self.primary.scratch().join("at-time"));
+        self.ledger.check(&restored, &self.ledger.expected(&ends, stop));
+
         wait::until("the newest commits to be stored", 60, || {
             let flushed = "SELECT min(flush_lsn) FROM pg_stat_replication WHERE application_name LIKE 'pgrecall%'";
             let last = self.ledger.entries().into_iter().filter(|e| acknowledged.contains(&e.number));
@@ -102,9 +111,11 @@ impl World {
             self.primary.query(flushed).parse::<Lsn>().is_ok_and(|stored| Some(stored) >= last)
         });
         let restored = restore(&self.host, "latest", &self.primary.scratch().join("latest"));
+        self.ledger.check_holds(&restored, &acknowledged);
         let present = ledger::numbers(&restored);
-        let lost: Vec<_> = acknowledged.difference(&present).collect();
-        assert!(lost.is_empty(), "{} stored commits are lost: {lost:?}", lost.len());
+        let committed = self.ledger.expected(&self.transaction_ends(), Lsn::MAX);
+        let extra: Vec<_> = present.difference(&committed).collect();
+        assert!(extra.is_empty(), "{} restored commits are not in the source's WAL: {extra:?}", extra.len());
         println!("restored to {time} and to the latest of {} commits", present.len());
     }
 }

@@ -175,8 +175,14 @@ impl Ledger {
     /// Checks that every commit whose client was told so is there, and that the tables fit to the commits.
     #[track_caller]
     pub fn check_none_lost(&self, restored: &Cluster) {
+        self.check_holds(restored, &self.acknowledged());
+    }
+
+    /// Checks that these commits are there, and that the tables fit to the commits.
+    #[track_caller]
+    pub fn check_holds(&self, restored: &Cluster, commits: &BTreeSet<u64>) {
         let present = numbers(restored);
-        let lost: Vec<_> = self.acknowledged().difference(&present).copied().collect();
+        let lost: Vec<_> = commits.difference(&present).copied().collect();
         assert!(lost.is_empty(), "{} acknowledged commits are lost: {:?}…", lost.len(), &lost[..lost.len().min(10)]);
         check_content(restored);
     }
@@ -218,6 +224,10 @@ fn content_of(session: &str) -> String {
     format!("SELECT count(*), coalesce(sum(hashtextextended(t::text, 0)::numeric), 0) FROM ledger.s{session} t")
 }
 
+const PAGE_BYTES: u64 = 8192;
+/// After so many pages in which no record begins, the WAL has ended. No record of these writers is as long.
+const PAGES_WITHOUT_RECORD_MAX: u32 = 40;
+
 /// Every end of a transaction in the WAL files of a folder, in the order of the WAL, oldest file to end.
 ///
 /// Each run of consecutive files of one timeline is read; a file that begins a run may begin in the middle of a record.
@@ -233,14 +243,31 @@ pub fn transaction_ends(cluster: &Cluster, wal: &Path) -> Vec<TransactionEnd> {
     let timelines: BTreeSet<&str> = names.iter().map(|n| &n[..8]).collect();
     for timeline in timelines {
         let first = names.iter().find(|n| n.starts_with(timeline)).unwrap();
-        let mut command = cluster.tool("pg_waldump");
-        // Without an end it reads as far as there are records, and then says so with a failure.
-        let done = command.args(["-r", "Transaction", "-p"]).arg(wal).arg("-t").arg(timeline_number(timeline));
-        let done = done.arg("-s").arg(first_lsn(cluster, wal, first)).output().expect("run pg_waldump");
-        ends.extend(String::from_utf8_lossy(&done.stdout).lines().filter_map(transaction_end));
+        let mut from = first_lsn(cluster, wal, first);
+        let mut pages_without_record = 0;
+        while pages_without_record < PAGES_WITHOUT_RECORD_MAX {
+            let mut command = cluster.tool("pg_waldump");
+            command.args(["-r", "Transaction", "-p"]).arg(wal).arg("-t").arg(timeline_number(timeline));
+            // Without an end it reads as far as there are records, and then says so with a failure.
+            let done = command.arg("-s").arg(from.to_string()).output().expect("run pg_waldump");
+            ends.extend(String::from_utf8_lossy(&done.stdout).lines().filter_map(transaction_end));
+            // What a crash left unfinished stops it too; the server went on at the start of one of the next pages.
+            let message = String::from_utf8_lossy(&done.stderr).into_owned();
+            let Some(stopped) = position_after(&message, "error in WAL record at ") else {
+                pages_without_record += 1;
+                from = Lsn(from.0 + PAGE_BYTES);
+                continue;
+            };
+            pages_without_record = 0;
+            from = Lsn(stopped.0 - stopped.0 % PAGE_BYTES + PAGE_BYTES);
+        }
     }
     ends.sort_by_key(|e| e.lsn);
     ends
+}
+
+fn position_after(message: &str, mark: &str) -> Option<Lsn> {
+    message.split_once(mark)?.1.split(':').next()?.trim().parse().ok()
 }
 
 fn timeline_number(hex: &str) -> String {
@@ -248,12 +275,12 @@ fn timeline_number(hex: &str) -> String {
 }
 
 /// The address of a file's first byte.
-fn first_lsn(cluster: &Cluster, wal: &Path, name: &str) -> String {
+fn first_lsn(cluster: &Cluster, wal: &Path, name: &str) -> Lsn {
     let size = std::fs::metadata(wal.join(name)).unwrap().len();
     assert!(size.is_power_of_two(), "{name} of PostgreSQL {} has {size} bytes", cluster.major());
     let log = u64::from_str_radix(&name[8..16], 16).unwrap();
     let offset = u64::from_str_radix(&name[16..24], 16).unwrap() * size;
-    Lsn(log << 32 | offset).to_string()
+    Lsn(log << 32 | offset)
 }
 
 /// `rmgr: Transaction len (rec/tot): 34/34, tx: 733, lsn: 0/0253D468, prev 0/0253D420, desc: COMMIT 2026-11-23 08:07:21.58 UTC`
