@@ -16,6 +16,8 @@ use crate::common::pgrecall::{Environment, Pgrecall, Store};
 use crate::common::postgres::Cluster;
 use crate::common::{NEWEST, wait};
 
+const OUTAGE_MAX_S: f64 = 60.0;
+
 struct World {
     primary: Cluster,
     minio: Minio,
@@ -68,6 +70,11 @@ impl World {
         }
         if all || victim == "the store" {
             self.minio.stop();
+            if !all {
+                // Mostly a moment, now and then most of a minute: the stimulus, under which the writers go on.
+                let outage = self.random.random::<f64>().powi(8) * OUTAGE_MAX_S;
+                std::thread::sleep(std::time::Duration::from_secs_f64(outage));
+            }
             self.minio.start();
         }
         if !self.primary.is_running() {
@@ -104,12 +111,9 @@ impl World {
         let restored = restore(&self.host, &time, &self.primary.scratch().join("at-time"));
         self.ledger.check(&restored, &self.ledger.expected(&ends, stop));
 
-        wait::until("the newest commits to be stored", 60, || {
-            let flushed = "SELECT min(flush_lsn) FROM pg_stat_replication WHERE application_name LIKE 'pgrecall%'";
-            let last = self.ledger.entries().into_iter().filter(|e| acknowledged.contains(&e.number));
-            let last = last.filter_map(|e| e.acknowledged).map(|a| a.lsn).filter(|l| *l < Lsn::MAX).max();
-            self.primary.query(flushed).parse::<Lsn>().is_ok_and(|stored| Some(stored) >= last)
-        });
+        let entries = self.ledger.entries().into_iter().filter(|e| acknowledged.contains(&e.number));
+        let last = entries.filter_map(|e| e.acknowledged).map(|a| a.lsn).filter(|l| *l < Lsn::MAX).max();
+        self.host.wait_stored(&self.primary, last.expect("an acknowledged commit"));
         let restored = restore(&self.host, "latest", &self.primary.scratch().join("latest"));
         self.ledger.check_holds(&restored, &acknowledged);
         let present = ledger::numbers(&restored);
@@ -121,7 +125,7 @@ impl World {
 }
 
 /// Restores to a fresh directory and starts what was restored.
-fn restore(host: &Pgrecall, to: &str, into: &Path) -> Cluster {
+pub fn restore(host: &Pgrecall, to: &str, into: &Path) -> Cluster {
     let _ = std::fs::remove_dir_all(into);
     wait::until(&format!("{to} to be restorable"), 60, || host.try_run(&["plan", "shop", "--to", to]).status == 0);
     let path = into.display().to_string();

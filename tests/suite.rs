@@ -25,6 +25,7 @@ mod harness;
 mod incarnation;
 mod instance;
 mod keys;
+mod loss;
 mod reader;
 mod recovery;
 mod replication;

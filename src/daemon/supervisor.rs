@@ -29,7 +29,7 @@ pub struct Pauses {
 
 impl Default for Pauses {
     fn default() -> Self {
-        Pauses { first: Duration::from_secs(1), max: Duration::from_secs(60) }
+        Pauses { first: Duration::from_secs(1), max: Duration::from_secs(10) }
     }
 }
 

@@ -4,6 +4,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
+use pgrecall::pg::Lsn;
+
 use super::guard::{Directory, Process};
 use super::minio::Bucket;
 use super::postgres::{Cluster, tail};
@@ -236,6 +238,15 @@ impl Pgrecall {
             let list = self.try_run(&["backups", environment, "--json"]);
             let list: serde_json::Value = serde_json::from_str(&list.stdout).unwrap_or_default();
             list["backups"].as_array().is_some_and(|b| !b.is_empty())
+        });
+    }
+
+    /// Waits until a server has been told that its WAL is stored as far as `lsn`.
+    #[track_caller]
+    pub fn wait_stored(&self, cluster: &Cluster, lsn: Lsn) {
+        let stored = "SELECT min(flush_lsn) FROM pg_stat_replication WHERE application_name LIKE 'pgrecall%'";
+        wait::until(&format!("the WAL up to {lsn} to be stored"), 120, || {
+            cluster.query(stored).parse::<Lsn>().is_ok_and(|stored| stored >= lsn)
         });
     }
 
