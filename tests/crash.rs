@@ -6,6 +6,7 @@
 //! what was run is noted in `tests/totals.tsv`.
 
 use std::path::Path;
+use std::time::Duration;
 
 use pgrecall::pg::Lsn;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -34,7 +35,7 @@ fn no_commit_is_lost_or_added_whatever_is_killed() {
     let mut world = World::new(seed);
     for round in 1..=rounds {
         let millis = world.random.random_range(20..3000);
-        std::thread::sleep(std::time::Duration::from_millis(millis));
+        std::thread::sleep(Duration::from_millis(millis));
         let victim = world.kill_one();
         println!("round {round}: {victim} killed after {millis} ms");
         if round % 10 == 0 || round == rounds {
@@ -54,7 +55,8 @@ impl World {
         host.announce("");
         host.start(&[&primary]);
         host.wait_for_backup("shop");
-        let ledger = Ledger::start(&primary, 4);
+        // Rested a little, so that a comparison after an hour of rounds still takes seconds.
+        let ledger = Ledger::start_with_pause(&primary, 4, Duration::from_millis(4));
         ledger.wait_for(20);
         World { primary, minio, host, ledger, random: StdRng::seed_from_u64(seed) }
     }
@@ -73,7 +75,7 @@ impl World {
             if !all {
                 // Mostly a moment, now and then most of a minute: the stimulus, under which the writers go on.
                 let outage = self.random.random::<f64>().powi(8) * OUTAGE_MAX_S;
-                std::thread::sleep(std::time::Duration::from_secs_f64(outage));
+                std::thread::sleep(Duration::from_secs_f64(outage));
             }
             self.minio.start();
         }

@@ -447,7 +447,7 @@ impl Cluster {
 
     /// Waits for the end of recovery.
     pub fn wait_writable(&self) {
-        wait::until("the end of recovery", 120, || self.try_query("SELECT pg_is_in_recovery()").as_deref() == Ok("f"));
+        wait::until("the end of recovery", 600, || self.try_query("SELECT pg_is_in_recovery()").as_deref() == Ok("f"));
     }
 
     /// The names of the files in `pg_wal`, sorted.
