@@ -182,8 +182,19 @@ async fn a_backup_of_every_major_passes_pg_verifybackup() {
         let root = Directory::new("files");
         place.write_files(&commit.tables, &manifest, root.path()).await;
         cluster.run("pg_verifybackup", &["-n", &root.path().display().to_string()]);
+        let in_tablespace = files_below(&root.path().join(format!("pg_tblspc/{}", commit.tablespaces[0].oid)));
+        assert_eq!(commit.tablespaces[0].bytes, in_tablespace);
+        assert!(in_tablespace > 500_000, "{in_tablespace}");
         assert!(root.path().join("pg_wal").is_dir() && root.path().join("tablespace_map").is_file());
     }
+}
+
+fn files_below(folder: &Path) -> u64 {
+    let sizes = std::fs::read_dir(folder).expect("list").flatten().map(|entry| {
+        let found = entry.metadata().expect("there");
+        if found.is_dir() { files_below(&entry.path()) } else { found.len() }
+    });
+    sizes.sum()
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -201,7 +201,7 @@ impl<'a> Packer<'a> {
             let map = data.join("tablespace_map");
             std::fs::write(&map, format!("{oid} {}\n", place.display())).expect("write");
             found.push(("tablespace_map".into(), map, false));
-            tablespaces.push(Tablespace { oid, path: place.display().to_string() });
+            tablespaces.push(Tablespace { oid, path: place.display().to_string(), bytes: 0 });
         }
         found.sort();
         let (mut rows, mut bytes) = (Vec::new(), 0);
@@ -211,6 +211,9 @@ impl<'a> Packer<'a> {
             } else {
                 let content = std::fs::read(place).expect("read");
                 bytes += content.len() as u64;
+                if let Some(tablespace) = tablespaces.first_mut().filter(|_| path.starts_with("pg_tblspc/")) {
+                    tablespace.bytes += content.len() as u64;
+                }
                 rows.push(self.file(path, &content).await);
             }
         }

@@ -141,6 +141,7 @@ fn a_fresh_host_restores_everything_from_the_bucket_and_the_key() {
     let under_shown = under.display().to_string();
     let tablespaces = ["--tablespace", &more, "--tablespaces-under", &under_shown];
     let into = dir.join("restored");
+    check_space(&fresh, &into, &tablespaces);
     let report = restore(&fresh, "latest", &into, &[&tablespaces[..], &["--check", "full"]].concat());
     drop(Left::of(&report));
     let mut copy = Cluster::adopt(NEWEST, &into);
@@ -159,6 +160,21 @@ fn a_fresh_host_restores_everything_from_the_bucket_and_the_key() {
     let refused = fresh.refused(&["restore", "shop", "--into", &into]);
     assert!(refused.stderr.contains("key") && refused.status == 3, "{refused:?}");
     assert!(!Path::new(&into).exists());
+}
+
+/// The plan says how much goes to which file system, and nothing is made for it.
+fn check_space(host: &Pgrecall, into: &Path, tablespaces: &[&str]) {
+    let shown = into.display().to_string();
+    let planned = host.json(&[&["plan", "shop", "--into", &shown], tablespaces].concat());
+    let plan = &planned["plan"];
+    let [one] = plan["file_systems"].as_array().expect("a list").as_slice() else { panic!("{plan}") };
+    assert_eq!(one["places"].as_array().map(Vec::len), Some(3), "{one}");
+    assert_eq!(one["needed_bytes"].as_u64(), plan["disk_bytes"].as_u64().map(|bytes| bytes + (64 << 20)));
+    let bytes = plan["backup"]["tablespaces"].as_array().expect("a list").iter().map(|t| t["bytes"].as_u64());
+    assert!(bytes.clone().count() == 2 && bytes.clone().all(|b| b.is_some_and(|b| b > 100_000)), "{plan}");
+    assert!(!into.exists());
+    let refused = host.refused(&["plan", "shop", "--tablespaces-under", &shown]);
+    assert!(refused.stderr.contains("--into"), "{refused:?}");
 }
 
 /// As Debian lays a cluster out: the configuration is elsewhere.

@@ -261,6 +261,10 @@ impl FullBackup {
     fn commit_object(&self, copied: Copied) -> BackupCommit {
         let Copied { intent, from_standby, start, packed, surroundings, stopped_at } = copied;
         let stored_bytes = packed.packs.iter().map(|p| p.bytes).sum();
+        let mut tablespaces = start.tablespaces;
+        for tablespace in &mut tablespaces {
+            tablespace.bytes = packed.counts.tablespaces.get(&tablespace.oid).copied().unwrap_or(0);
+        }
         BackupCommit {
             format: FORMAT_VERSION,
             id: intent.id,
@@ -275,7 +279,7 @@ impl FullBackup {
             started_at: intent.started_at,
             stopped_at,
             from_standby,
-            tablespaces: start.tablespaces,
+            tablespaces,
             totals: Totals { files: packed.counts.files, bytes: packed.counts.bytes, stored_bytes },
             damaged_blocks: packed.damaged,
             surroundings,

@@ -77,7 +77,7 @@ impl Source for ServerSource {
             timeline: start.timeline,
             start_lsn: start.start_lsn,
             bytes_estimate: Some(start.size_kb().saturating_mul(1024)),
-            tablespaces: start.tablespaces.into_iter().map(|t| Tablespace { oid: t.oid, path: t.path }).collect(),
+            tablespaces: start.tablespaces.into_iter().map(tablespace).collect(),
             checksums: Some(checksums),
         })
     }
@@ -113,6 +113,12 @@ impl Source for ServerSource {
             }
         }
     }
+}
+
+/// With the server's estimate of its size.
+fn tablespace(found: crate::replication::base_backup::Tablespace) -> Tablespace {
+    let bytes = found.size_kb.saturating_mul(1024);
+    Tablespace { oid: found.oid, path: found.path, bytes }
 }
 
 fn meta(entry: &BackupEntry, bytes: u64) -> Result<Meta, SourceError> {

@@ -3,6 +3,8 @@
 //! Invariants: rows rise strictly by path over all tables; every file of the manifest is a file of the tables with the same
 //! length and checksum, and the other way round.
 
+use std::collections::BTreeMap;
+
 use tokio::sync::mpsc;
 
 use super::error::BackupError;
@@ -24,10 +26,24 @@ pub struct PlainTable {
 }
 
 /// Counts of what the tables hold.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Counts {
     pub files: u64,
     pub bytes: u64,
+    /// oid → bytes of a tablespace's files, which `bytes` includes.
+    pub tablespaces: BTreeMap<u32, u64>,
+}
+
+impl Counts {
+    fn add(&mut self, entry: &FileEntry) {
+        self.files += 1;
+        self.bytes = self.bytes.saturating_add(entry.bytes);
+        let inside = entry.path.strip_prefix("pg_tblspc/").and_then(|rest| rest.split('/').next());
+        if let Some(oid) = inside.and_then(|oid| oid.parse().ok()) {
+            let bytes = self.tablespaces.entry(oid).or_default();
+            *bytes = bytes.saturating_add(entry.bytes);
+        }
+    }
 }
 
 /// What the tables are made of.
@@ -61,8 +77,7 @@ impl Sorted {
             if let (Some(comparison), FileKind::File) = (&mut comparison, &entry.kind) {
                 comparison.next(&entry, checksum).map_err(scratch)?;
             }
-            counts.files += 1;
-            counts.bytes = counts.bytes.saturating_add(entry.bytes);
+            counts.add(&entry);
             if let Some(full) = table.push(entry, value.len(), &self.references)? {
                 out.blocking_send(full).map_err(|_| BackupError::Cancelled)?;
             }

@@ -10,6 +10,7 @@ mod daemon;
 mod incarnation;
 mod key;
 mod output;
+mod places;
 mod plan;
 mod progress;
 mod restore;

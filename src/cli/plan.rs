@@ -1,8 +1,9 @@
-//! `pgrecall plan ENV --to TARGET`: what a restore would do, exactly; reads only.
+//! `pgrecall plan ENV --to TARGET [--into DIR]`: what a restore would do, exactly; reads only.
 
 use clap::Args;
 
 use super::Context;
+use super::places::PlacesArguments;
 use super::target::{Planned, TargetArguments};
 use crate::error::Failure;
 
@@ -10,13 +11,16 @@ use crate::error::Failure;
 pub struct Arguments {
     #[command(flatten)]
     target: TargetArguments,
+    #[command(flatten)]
+    places: PlacesArguments,
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
     let config = context.load_config()?;
     let environment = config.environment(&arguments.target.environment)?;
     let repository = environment.open_repository().await?;
-    let planned = arguments.target.plan(environment, &repository).await?;
+    let mut planned = arguments.target.plan(environment, &repository).await?;
+    arguments.places.measure(&mut planned.plan)?;
     context.output.result(&planned, Planned::show);
     Ok(())
 }

@@ -1,6 +1,5 @@
 //! `pgrecall restore ENV --to TARGET --into DIR`: a plan, executed, and a cluster that was looked at.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -8,6 +7,7 @@ use clap::{Args, ValueEnum};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use super::places::{PlacesArguments, absolute};
 use super::progress::Progress;
 use super::target::{Planned, TargetArguments};
 use super::{Context, interrupted};
@@ -15,7 +15,6 @@ use crate::config::Environment;
 use crate::error::{Code, Failure};
 use crate::operations::restore::{self, Observer, RestoreReport, RestoreRequest, execute};
 use crate::restore::recovery::Finish;
-use crate::restore::target::TablespacePlaces;
 use crate::restore::{Plan, fetch, follow};
 use crate::util::clock;
 
@@ -28,9 +27,8 @@ const LOOK_EVERY: std::time::Duration = std::time::Duration::from_millis(250);
 pub struct Arguments {
     #[command(flatten)]
     target: TargetArguments,
-    /// The directory to restore into: empty, or not there yet
-    #[arg(long, value_name = "DIR", required_unless_present = "dry_run")]
-    into: Option<PathBuf>,
+    #[command(flatten)]
+    places: PlacesArguments,
     /// Print the plan and do nothing
     #[arg(long)]
     dry_run: bool,
@@ -47,12 +45,6 @@ pub struct Arguments {
     /// Start nothing: leave a directory that recovers by itself, exactly so far, when somebody starts it
     #[arg(long)]
     no_start: bool,
-    /// Where a tablespace goes
-    #[arg(long, value_name = "OLD=NEW", value_parser = parse_tablespace)]
-    tablespace: Vec<(PathBuf, PathBuf)>,
-    /// Where all other tablespaces go, each in a directory named by its oid
-    #[arg(long, value_name = "DIR")]
-    tablespaces_under: Option<PathBuf>,
     /// A superuser of the restored cluster, for the checks
     #[arg(long, value_name = "ROLE", default_value = "postgres")]
     user: String,
@@ -75,11 +67,15 @@ enum CheckArgument {
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
     let config = context.load_config()?;
     let environment = config.environment(&arguments.target.environment)?;
+    if !arguments.dry_run {
+        arguments.places.directory()?;
+    }
     let cancel = CancellationToken::new();
     let work = async {
         let repository = environment.open_repository().await?;
-        let planned = arguments.target.plan(environment, &repository).await?;
+        let mut planned = arguments.target.plan(environment, &repository).await?;
         if arguments.dry_run {
+            arguments.places.measure(&mut planned.plan)?;
             context.output.result(&planned, Planned::show);
             return Ok(());
         }
@@ -108,14 +104,8 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
 }
 
 fn request_of(context: &Context, environment: &Environment, arguments: &Arguments) -> Result<RestoreRequest, Failure> {
-    let missing = || Failure::new(Code::Usage, "restore: --into names no directory");
-    let absolute = |path: &PathBuf| {
-        std::path::absolute(path).map_err(|error| Failure::new(Code::Host, format!("find {}: {error}", path.display())))
-    };
-    let into = arguments.into.as_ref().ok_or_else(missing).and_then(absolute)?;
-    let places = TablespacePlaces { moved: arguments.tablespace.clone(), under: arguments.tablespaces_under.clone() };
     Ok(RestoreRequest {
-        into,
+        into: arguments.places.directory()?,
         finish: match arguments.finish {
             FinishArgument::Promote => Finish::Promote,
             FinishArgument::Pause => Finish::Pause,
@@ -128,7 +118,7 @@ fn request_of(context: &Context, environment: &Environment, arguments: &Argument
         },
         with_config: arguments.with_config,
         no_start: arguments.no_start,
-        tablespaces: places,
+        tablespaces: arguments.places.tablespaces(),
         wal_get: wal_get_words(&absolute(&context.config_path)?)?,
         postgres_bin_dirs: environment.restore.postgres_bin_dirs.clone(),
         user: arguments.user.clone(),
@@ -147,13 +137,6 @@ fn wal_get_words(config: &std::path::Path) -> Result<Vec<String>, Failure> {
     let mut words = vec![text(&program)?, "--config".to_owned(), text(config)?];
     words.extend(["wal-get", "%f", "%p"].map(str::to_owned));
     Ok(words)
-}
-
-fn parse_tablespace(text: &str) -> Result<(PathBuf, PathBuf), String> {
-    match text.split_once('=') {
-        Some((old, new)) if old.starts_with('/') && !new.is_empty() => Ok((old.into(), new.into())),
-        _ => Err("write OLD=NEW, with OLD as the source has it".to_owned()),
-    }
 }
 
 /// Shows how far a restore is.

@@ -73,7 +73,10 @@ pub struct PackEntry {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tablespace {
     pub oid: u32,
+    /// Absolute, or relative to the data directory when it lies inside.
     pub path: String,
+    /// Bytes of its files as restored; part of [`Totals::bytes`].
+    pub bytes: u64,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]

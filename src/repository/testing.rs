@@ -166,7 +166,7 @@ impl World {
             started_at: Timestamp(0),
             stopped_at: Timestamp(1),
             from_standby: false,
-            tablespaces: vec![Tablespace { oid: 16500, path: "/srv/old space".into() }],
+            tablespaces: vec![Tablespace { oid: 16500, path: "/srv/old space".into(), bytes: 100_000 }],
             totals: Totals { files: files.len() as u64, bytes, stored_bytes: 0 },
             damaged_blocks: Vec::new(),
             surroundings: Surroundings::default(),

@@ -2,7 +2,7 @@
 //!
 //! [`plan`] decides, purely, from what [`gather`] loaded: which backup, which WAL object for which bytes, how much of
 //! everything. [`run`] executes a plan into an empty directory, up to the point where PostgreSQL can be started on it:
-//! [`target`] prepares the directory and its marker, [`fetch`] brings the backup's files, [`wal`] its WAL. [`wal_get`]
+//! [`target`] prepares the directory and its marker ([`space`] says whether it fits), [`fetch`] brings the backup's files, [`wal`] its WAL. [`wal_get`]
 //! answers PostgreSQL's restore_command from what lies ready or from the repository.
 //!
 //! What is restored is a directory that recovers by itself to one record on one timeline and nowhere else ([`recovery`]);
@@ -22,6 +22,7 @@ pub mod plan;
 pub mod recovery;
 pub mod roles;
 pub mod run;
+pub mod space;
 pub mod spool;
 pub mod surroundings;
 pub mod target;

@@ -8,6 +8,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use super::space::FileSystem;
 use super::wal_plan::{self, StoredWal};
 use crate::pg::timeline::HistoryFile;
 use crate::pg::{Lsn, Major, SegmentNo, SegmentSize, SystemId, TimelineId, Timestamp};
@@ -70,6 +71,9 @@ pub struct Plan {
     pub wal_fetch_bytes: u64,
     /// Space that the data directory and tablespaces take before replay begins, WAL included.
     pub disk_bytes: u64,
+    /// Where that space is taken, once the places are chosen.
+    #[serde(default)]
+    pub file_systems: Vec<FileSystem>,
     /// Settings that the restored server must have at least as large, as far as the backup knows them.
     #[serde(default)]
     pub settings: Vec<PlannedSetting>,
@@ -218,6 +222,7 @@ impl Plan {
                 .totals
                 .bytes
                 .saturating_add(wal_bytes.min(super::wal::disk_bytes_max(input.segment_size))),
+            file_systems: Vec::new(),
             settings: settings(backup),
             lacks: input.lacks.to_vec(),
             notes: notes(backup),
@@ -226,6 +231,16 @@ impl Plan {
 
     pub fn fetch_bytes(&self) -> u64 {
         self.backup_fetch_bytes.saturating_add(self.wal_fetch_bytes)
+    }
+
+    /// Of [`Plan::disk_bytes`], what the data directory itself takes.
+    pub fn directory_bytes(&self) -> u64 {
+        self.outside().fold(self.disk_bytes, |bytes, tablespace| bytes.saturating_sub(tablespace.bytes))
+    }
+
+    /// The tablespaces outside the data directory.
+    pub fn outside(&self) -> impl Iterator<Item = &Tablespace> {
+        self.backup.tablespaces.iter().filter(|tablespace| tablespace.path.starts_with('/'))
     }
 
     /// The incarnation whose objects are read.
@@ -280,6 +295,12 @@ impl fmt::Display for Plan {
         writeln!(f, "  WAL       {} segments, {} to fetch", self.wal.len(), show_bytes(self.wal_fetch_bytes))?;
         writeln!(f, "  fetch     {} in all", show_bytes(self.fetch_bytes()))?;
         writeln!(f, "  disk      {} before replay", show_bytes(self.disk_bytes))?;
+        for tablespace in self.outside() {
+            writeln!(f, "            {} of it in the tablespace {}", show_bytes(tablespace.bytes), tablespace.path)?;
+        }
+        for file_system in &self.file_systems {
+            writeln!(f, "            {file_system}")?;
+        }
         for setting in &self.settings {
             writeln!(f, "  setting   {} at least {}", setting.name, setting.value)?;
         }

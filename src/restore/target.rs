@@ -13,9 +13,9 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::plan::Plan;
+use super::space::{self, FileSystem, Need};
 use crate::pg::TablespaceMap;
 use crate::util::durable_fs;
-use crate::util::units::show_bytes;
 
 /// Ours in the data directory while a restore is not finished.
 pub const FOLDER: &str = "pgrecall_restore";
@@ -66,8 +66,8 @@ pub enum TargetError {
     OtherRestore { directory: PathBuf, other: String, wanted: String },
     #[error("a server is running on {} (process {pid})", directory.display())]
     Running { directory: PathBuf, pid: i32 },
-    #[error("{} of disk space is needed in {place}, {} is free", show_bytes(*needed), show_bytes(*free))]
-    Space { place: String, needed: u64, free: u64 },
+    #[error("there is too little disk space: {}", space::show(.0))]
+    Space(Vec<FileSystem>),
     #[error("the backup has no tablespace at {}; it has: {has}", wanted.display())]
     NoSuchTablespace { wanted: PathBuf, has: String },
     #[error("{}: the path of a tablespace must be absolute, outside the data directory and used once", .0.display())]
@@ -88,7 +88,7 @@ impl TargetError {
             }
             TargetError::OtherRestore { .. } => "Remove the unfinished restore, or name another directory.",
             TargetError::Running { .. } => "Stop that server first, or name another directory.",
-            TargetError::Space { .. } => "Make room, or name a directory on a larger file system.",
+            TargetError::Space(_) => "Make room, or name a directory on a larger file system.",
             TargetError::NoSuchTablespace { .. } => "Write --tablespace OLD=NEW with OLD as the source had it.",
             TargetError::TablespacePath(_) => "Choose other directories with --tablespace or --tablespaces-under.",
             _ => return None,
@@ -107,6 +107,16 @@ pub struct TargetDirectory {
 impl TargetDirectory {
     /// Checks everything that can be checked before a byte is fetched; changes nothing.
     pub fn check(root: &Path, plan: &Plan, places: &TablespacePlaces) -> Result<TargetDirectory, TargetError> {
+        let target = Self::choose(root, plan, places)?;
+        let file_systems = target.space(plan)?;
+        if file_systems.iter().any(FileSystem::is_too_small) {
+            return Err(TargetError::Space(file_systems));
+        }
+        Ok(target)
+    }
+
+    /// [`TargetDirectory::check`], whether the files fit or not.
+    pub fn choose(root: &Path, plan: &Plan, places: &TablespacePlaces) -> Result<TargetDirectory, TargetError> {
         let root = std::path::absolute(root).map_err(io_error("resolve", root))?;
         let tablespaces = place_tablespaces(&root, plan, places)?;
         let target = TargetDirectory { root, tablespaces };
@@ -117,7 +127,6 @@ impl TargetDirectory {
                 return Err(TargetError::NotEmpty(directory.clone()));
             }
         }
-        target.check_space(plan.disk_bytes)?;
         Ok(target)
     }
 
@@ -238,24 +247,16 @@ impl TargetDirectory {
         Ok(Some(state))
     }
 
-    /// Free space, each file system counted once; what an interrupted restore holds there counts as free.
-    fn check_space(&self, needed: u64) -> Result<(), TargetError> {
-        let mut devices = Vec::new();
-        let mut free = 0u64;
-        for place in std::iter::once(&self.root).chain(self.tablespaces.values()) {
-            let existing = place.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
-            let device = fs::metadata(existing).map_err(io_error("look at", existing))?.dev();
-            if !devices.contains(&device) {
-                devices.push(device);
-                free = free.saturating_add(durable_fs::free_bytes(existing).map_err(io_error("look at", existing))?);
+    /// What goes to which file system, and how much is free there; what an interrupted restore holds counts as free.
+    pub fn space(&self, plan: &Plan) -> Result<Vec<FileSystem>, TargetError> {
+        let need = |place: &Path, bytes| Need { place: place.to_owned(), bytes, held_bytes: allocated_bytes(place) };
+        let mut needs = vec![need(&self.root, plan.directory_bytes().saturating_add(RESERVE_BYTES))];
+        for tablespace in plan.outside() {
+            if let Some(directory) = self.tablespaces.get(&tablespace.oid) {
+                needs.push(need(directory, tablespace.bytes));
             }
-            free = free.saturating_add(allocated_bytes(place));
         }
-        let needed = needed.saturating_add(RESERVE_BYTES);
-        if needed > free {
-            return Err(TargetError::Space { place: self.root.display().to_string(), needed, free });
-        }
-        Ok(())
+        space::add_up(&needs)
     }
 }
 
@@ -300,7 +301,7 @@ fn place_tablespaces(
     plan: &Plan,
     places: &TablespacePlaces,
 ) -> Result<BTreeMap<u32, PathBuf>, TargetError> {
-    let outside: Vec<_> = plan.backup.tablespaces.iter().filter(|t| t.path.starts_with('/')).collect();
+    let outside: Vec<_> = plan.outside().collect();
     for (old, _) in &places.moved {
         if !outside.iter().any(|t| Path::new(&t.path) == old) {
             let has = outside.iter().map(|t| t.path.as_str()).collect::<Vec<_>>().join(", ");

@@ -148,7 +148,29 @@ async fn a_disk_too_small_is_known_before_anything_is_written() {
     let mut plan = world.plan(stop(0x80_5000)).await.expect("plan");
     plan.disk_bytes = 1 << 60;
     let refused = world.restore(&plan, "data").await;
-    assert!(matches!(refused, Err(RestoreError::Target(TargetError::Space { .. }))), "{refused:?}");
+    assert!(matches!(refused, Err(RestoreError::Target(TargetError::Space(_)))), "{refused:?}");
+    assert!(!world.path("data").exists());
+}
+
+#[tokio::test]
+async fn what_goes_to_a_tablespace_must_fit_where_it_goes() {
+    let world = World::with_backup(None).await;
+    let mut plan = world.plan(stop(0x80_5000)).await.expect("plan");
+    assert_eq!(plan.disk_bytes - plan.directory_bytes(), 100_000);
+    let mut options = run::RestoreOptions::default();
+    // On most hosts another file system than that of temporary directories.
+    let elsewhere = std::path::Path::new("/dev/shm/pgrecall-not-made");
+    options.tablespaces.under = Some(elsewhere.to_owned());
+    let target = run::check(&plan, &world.path("data"), &options).expect("fits");
+    let found = target.space(&plan).expect("measured");
+    let needed: u64 = found.iter().map(|f| f.needed_bytes).sum();
+    assert_eq!(needed, plan.disk_bytes + (64 << 20));
+    plan.backup.tablespaces[0].bytes = 1 << 60;
+    plan.disk_bytes += (1 << 60) - 100_000;
+    let refused = run::check(&plan, &world.path("data"), &options).expect_err("too much").to_string();
+    let free = crate::util::durable_fs::free_bytes(elsewhere).expect("measured");
+    assert!(refused.contains("1024 PiB needed") && refused.contains("/dev/shm/pgrecall-not-made/16500"), "{refused}");
+    assert!(free < 1 << 60 && refused.contains(" free on "), "{refused}");
     assert!(!world.path("data").exists());
 }
 

@@ -6,8 +6,8 @@ encrypted, the master key) needs no program of ours. Standard library, zstandard
 
     restore.py REPOSITORY/ENVIRONMENT TARGET [--backup ID] [--master-key FILE] [--tablespaces DIR] [--to LSN]
 
-REPOSITORY is a directory, or a copy of a bucket in one. TARGET becomes a data directory that PostgreSQL, when started, recovers
-to the end of the stored WAL of the latest timeline, or to the record that starts at LSN.
+REPOSITORY is a directory, or a copy of a bucket in one. TARGET becomes a data directory that PostgreSQL, when started,
+recovers to the end of the stored WAL of the latest timeline, or to the record that starts at LSN.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import hmac
 import json
 import os
 import re
+import shutil
 import struct
 import sys
 from pathlib import Path
@@ -28,13 +29,10 @@ HEADER = struct.Struct("<8sBcBBIQ32sQ16s")
 Header = collections.namedtuple("Header", "magic version kind sealed zero key_id length digest body salt")
 
 
-class Broken(Exception):
-    """An object is not what the format says."""
-
-
 def check(holds, what):
+    """Ends with an error when an object is not what the format says."""
     if not holds:
-        raise Broken(what)
+        sys.exit(f"error: {what}")
 
 
 class Keys:
@@ -42,7 +40,6 @@ class Keys:
 
     def __init__(self, root, master_file):
         self.data = {}
-        self.names = None
         if master_file is None:
             return
         master = bytes.fromhex(master_file.read_text().strip())
@@ -60,9 +57,6 @@ class Keys:
         if not key_id:
             return hashlib.sha256(content).digest()
         return hmac.new(hkdf(self.data[key_id], b"", b"pgrecall names"), content, hashlib.sha256).digest()
-
-    def of_object(self, key_id, salt):
-        return hkdf(self.data[key_id], salt, b"pgrecall object")
 
 
 def gcm_open(key, nonce, sealed, name):
@@ -118,7 +112,7 @@ class Repository:
         return content, digest[:16].hex()
 
     def open_pieces(self, name, header, body):
-        key = self.keys.of_object(header.key_id, header.salt)
+        key = hkdf(self.keys.data[header.key_id], header.salt, b"pgrecall object")
         pieces = [body[at:at + PIECE + 16] for at in range(0, len(body), PIECE + 16)]
         nonces = [bytes(7) + struct.pack(">IB", n, n == len(pieces) - 1) for n in range(len(pieces))]
         return b"".join(gcm_open(key, nonce, piece, name) for nonce, piece in zip(nonces, pieces))
@@ -144,7 +138,7 @@ class Repository:
         data = file.read(stored)
         check(len(data) == stored, f"{name}: ends before {offset + stored}")
         if header.sealed:
-            key = self.keys.of_object(header.key_id, header.salt)
+            key = hkdf(self.keys.data[header.key_id], header.salt, b"pgrecall object")
             data = gcm_open(key, b"FRAM" + struct.pack(">Q", offset), data, name)
         content = decompress(data, plain)
         found = self.keys.digest(header.key_id if header.sealed else 0, content)[:16].hex()
@@ -166,17 +160,27 @@ class Repository:
         for table in tables["tables"]:
             lines = [json.loads(line) for line in self.frame(tables["packs"], table["frame"]).splitlines()]
             check(len(lines) == table["files"] + 1, f"table of {table['first']}: another number of files")
-            for file in lines[1:]:
-                yield file, lines[0]
+            yield from ((file, lines[0]) for file in lines[1:])
 
     def extents(self, file, packs):
         """Extents of a file, each with the packs that it indexes."""
-        for extent in file.get("x", []):
-            yield extent, packs
+        yield from ((extent, packs) for extent in file.get("x", []))
         for address in file.get("xt", []):
             lines = [json.loads(line) for line in self.frame(packs, address).splitlines()]
-            for extent in lines[1:]:
-                yield extent, lines[0]
+            yield from ((extent, lines[0]) for extent in lines[1:])
+
+
+def check_space(backup, target, tablespaces):
+    """Adds up what goes to each file system, before anything is written."""
+    needs = {tablespaces / str(t["oid"]) if tablespaces else Path(t["path"]): t["bytes"]
+             for t in backup["tablespaces"] if t["path"].startswith("/")}
+    needs[target] = backup["totals"]["bytes"] - sum(needs.values())
+    total = collections.Counter()
+    for place, needed in needs.items():
+        there = next(p for p in (place, *place.absolute().parents) if p.exists())
+        device, free = there.stat().st_dev, shutil.disk_usage(there).free
+        total[device] += needed
+        check(total[device] <= free, f"{total[device]} bytes are needed on the file system of {there}, {free} are free")
 
 
 def write_files(repository, backup, target, tablespaces):
@@ -214,8 +218,7 @@ def write_files(repository, backup, target, tablespaces):
 
 def read_file(repository, file, packs):
     """The content of one file: at most 1 GB, as PostgreSQL cuts its relations."""
-    content = bytearray(file["z"])
-    last, frame = None, None
+    content, last, frame = bytearray(file["z"]), None, None
     for (offset, length, start, address), packs_of in repository.extents(file, packs):
         if (address, packs_of) != last:
             frame, last = repository.frame(packs_of, address), (address, packs_of)
@@ -229,8 +232,8 @@ def write_wal(repository, backup, target):
     """Writes every stored segment from the backup's start on, of all timelines, and all history files."""
     size = backup["segment_size"]
     first = lsn(backup["start_lsn"]) // size
-    wal = repository.root / repository.incarnation / "wal"
     base = f"{repository.incarnation}/wal"
+    wal = repository.root / base
     (target / "pg_wal").mkdir(exist_ok=True)
     reached = 0
     for timeline in sorted(os.listdir(wal)):
@@ -271,27 +274,22 @@ def assemble(repository, pieces, size):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("environment", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--backup")
-    parser.add_argument("--master-key", type=Path)
-    parser.add_argument("--tablespaces", type=Path)
-    parser.add_argument("--to", metavar="LSN")
+    for name in ("environment", "target", "--master-key", "--tablespaces"):
+        parser.add_argument(name, type=Path)
+    for name in ("--backup", "--to"):
+        parser.add_argument(name)
     args = parser.parse_args()
-    try:
-        check(not args.target.exists() or not any(args.target.iterdir()), f"{args.target} is not empty")
-        repository = Repository(args.environment, args.master_key)
-        chosen, backup = repository.backup(args.backup)
-        args.target.mkdir(exist_ok=True)
-        count = write_files(repository, backup, args.target, args.tablespaces)
-        write_wal(repository, backup, args.target)
-    except Broken as broken:
-        sys.exit(f"error: {broken}")
-    settings = ["restore_command = '/bin/false'", "recovery_target_timeline = 'latest'"]
-    if args.to:
-        settings += [f"recovery_target_lsn = '{args.to}'", "recovery_target_action = 'promote'"]
+    check(not args.target.exists() or not any(args.target.iterdir()), f"{args.target} is not empty")
+    repository = Repository(args.environment, args.master_key)
+    chosen, backup = repository.backup(args.backup)
+    check_space(backup, args.target, args.tablespaces)
+    args.target.mkdir(exist_ok=True)
+    count = write_files(repository, backup, args.target, args.tablespaces)
+    write_wal(repository, backup, args.target)
     with open(args.target / "postgresql.auto.conf", "a") as out:
-        out.write("".join(f"{line}\n" for line in settings))
+        out.write("restore_command = '/bin/false'\nrecovery_target_timeline = 'latest'\n")
+        if args.to:
+            out.write(f"recovery_target_lsn = '{args.to}'\nrecovery_target_action = 'promote'\n")
     (args.target / "recovery.signal").touch()
     print(f"restored {count} files of backup {chosen} for PostgreSQL {backup['major']}")
 

@@ -214,7 +214,9 @@ fn a_plan_survives_json() {
         let setting = Setting { name: name.into(), value: value.into(), file: None };
         stored.backups[0].surroundings.settings.push(setting);
     }
+    stored.backups[0].tablespaces.push(Tablespace { oid: 7, path: "/srv/fast".into(), bytes: 400 });
     let plan = plan(&stored, 3, 8 * MIB).expect("plan");
+    assert!(plan.to_string().contains("\n            400 B of it in the tablespace /srv/fast\n"), "{plan}");
     assert!(plan.to_string().contains("max_connections at least 300") && !plan.to_string().contains("work_mem"));
     let text = serde_json::to_string(&plan).expect("JSON");
     assert_eq!(serde_json::from_str::<Plan>(&text).expect("back"), plan);
