@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use pgrecall::instance::host::SortedText;
 use pgrecall::instance::{self, Address, Installation, Postmaster, Server, Session, Settings, Start, locate, server};
 use pgrecall::pg::control_file::ClusterState;
 use pgrecall::pg::{ControlFile, Major};
@@ -120,10 +121,16 @@ fn all_majors_of_a_configured_directory_are_found() {
     let needs = instance::host::Needs {
         preload_libraries: vec!["auto_explain".to_owned(), "no_such".to_owned()],
         extensions: vec!["amcheck".to_owned()],
-        glibc: None,
+        ..Default::default()
     };
     let (_, lacks) = instance::host::check(Major(NEWEST), &configured, &needs);
     assert_eq!(lacks, [instance::host::Lack::Library("no_such".to_owned())]);
+    // The programs of the tests are built without ICU.
+    let provider = pgrecall::pg::CollationProvider::Icu;
+    let sorted = SortedText { provider, version: "153.112".to_owned(), databases: vec!["words".to_owned()] };
+    let needs = instance::host::Needs { sorted: vec![sorted.clone()], ..Default::default() };
+    let (_, lacks) = instance::host::check(Major(NEWEST), &configured, &needs);
+    assert_eq!(lacks, [instance::host::Lack::NoIcu(sorted)]);
 }
 
 /// A started server, which does not outlive the test.

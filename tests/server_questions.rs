@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pgrecall::pg::{SegmentSize, Timestamp};
-use pgrecall::replication::sql::{EffectiveSetting, InstalledExtension};
+use pgrecall::replication::sql::{ColumnCollation, EffectiveSetting, InstalledExtension};
 use pgrecall::replication::{ConnectConfig, ReplicationError, ServerFacts, Sql, StartReplication, StatusUpdate};
 use pgrecall::util::clock;
 
@@ -91,6 +91,10 @@ async fn the_facts_of_a_server_hold_what_a_base_backup_lacks() {
         let cluster = Cluster::builder(major).setting("work_mem", "7MB").start();
         cluster.query("CREATE DATABASE \"o'dd\"");
         cluster.query_in("o'dd", "CREATE EXTENSION pgcrypto");
+        if major >= 17 {
+            cluster.query("CREATE DATABASE plain LOCALE_PROVIDER builtin BUILTIN_LOCALE 'C.UTF-8' TEMPLATE template0");
+            cluster.query_in("o'dd", "CREATE TABLE t (word text COLLATE pg_c_utf8)");
+        }
         let facts = ServerFacts::collect(&config(&cluster), 0).await.expect("facts");
         assert!(facts.version.starts_with(&format!("PostgreSQL {major}.")), "{}", facts.version);
         let file = Some(cluster.data().join("test.conf").display().to_string());
@@ -114,6 +118,20 @@ async fn the_facts_of_a_server_hold_what_a_base_backup_lacks() {
         assert!(["postgres", "template0", "template1", "o'dd"].iter().all(|name| names.contains(name)), "{names:?}");
         let libc = "SELECT max(pg_collation_actual_version(oid)) FROM pg_collation WHERE collprovider = 'c'";
         assert_eq!(facts.libc_version.unwrap_or_default(), cluster.query(libc), "empty where only C locales are there");
+        let provider = |name: &str| {
+            facts
+                .databases
+                .iter()
+                .find(|d| d.name == name)
+                .map(|d| (d.provider.as_str(), d.collation_version.as_deref()))
+        };
+        assert_eq!(provider("postgres").map(|(provider, _)| provider), Some("c"));
+        assert!(facts.resource_managers.is_empty(), "{:?}", facts.resource_managers);
+        if major >= 17 {
+            assert_eq!(provider("plain"), Some(("b", Some("1"))));
+            let (database, provider, version) = ("o'dd".to_owned(), "b".to_owned(), "1".to_owned());
+            assert_eq!(facts.column_collations, [ColumnCollation { database, provider, version }]);
+        }
         // The builds of the tests have no ICU.
         assert_eq!(facts.icu_version, None);
         assert_eq!(facts.not_readable, Vec::<String>::new());

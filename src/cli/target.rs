@@ -6,12 +6,13 @@ use serde::Serialize;
 use super::times;
 use crate::config::Environment;
 use crate::error::{Code, Failure};
+use crate::instance::host::{Needs, SortedText, check};
 use crate::lineage::Target;
 use crate::lineage::moment::target::ParseTargetError;
 use crate::lineage::moment::{Moment, Request};
 use crate::operations::locate;
 use crate::operations::restore::is_root;
-use crate::pg::{TimelineId, Timestamp};
+use crate::pg::{CollationProvider, TimelineId, Timestamp};
 use crate::repository::Repository;
 use crate::repository::backup_object::Surroundings;
 use crate::restore::Plan;
@@ -118,13 +119,37 @@ fn lacks(environment: &Environment, plan: &Plan, surroundings: &Surroundings) ->
     let mut extensions: Vec<String> = surroundings.extensions.iter().map(|extension| extension.name.clone()).collect();
     extensions.sort_unstable();
     extensions.dedup();
-    let needs = crate::instance::host::Needs {
+    let needs = Needs {
         preload_libraries: surroundings.preload_libraries.clone(),
+        replay_libraries: plan.preload_libraries.clone(),
         extensions,
-        glibc: surroundings.libc_version.clone(),
+        sorted: sorted_text(surroundings),
     };
     let dirs = &environment.restore.postgres_bin_dirs;
-    let (_, lacks) = crate::instance::host::check(plan.backup.major, dirs, &needs);
+    let (_, lacks) = check(plan.backup.major, dirs, &needs);
     let root = is_root().then(|| "another user than root: PostgreSQL does not run as root".to_owned());
-    lacks.iter().map(ToString::to_string).chain(root).collect()
+    let unknown = plan.lacks.iter().cloned();
+    lacks.iter().map(ToString::to_string).chain(unknown).chain(root).collect()
+}
+
+/// What the backup knows of the order of its text; of one that knows no database, the C library's version at least.
+fn sorted_text(surroundings: &Surroundings) -> Vec<SortedText> {
+    let mut sorted: Vec<SortedText> = Vec::new();
+    for found in &surroundings.collations {
+        match sorted.iter_mut().find(|s| (s.provider, &s.version) == (found.provider, &found.version)) {
+            Some(same) => same.databases.push(found.database.clone()),
+            None => sorted.push(SortedText {
+                provider: found.provider,
+                version: found.version.clone(),
+                databases: vec![found.database.clone()],
+            }),
+        }
+    }
+    let unknown = surroundings.libc_version.clone().filter(|_| surroundings.databases.is_empty());
+    sorted.extend(unknown.map(|version| SortedText {
+        provider: CollationProvider::Libc,
+        version,
+        databases: Vec::new(),
+    }));
+    sorted
 }

@@ -163,7 +163,7 @@ fn recovery_of(plan: &Plan, request: &RestoreRequest) -> Recovery {
         wal: if complete { WalSource::Preloaded } else { WalSource::Command(request.wal_get.clone()) },
         configuration: if request.with_config { Configuration::Source } else { Configuration::Isolated },
         later_parameters: None,
-        preload_libraries: Vec::new(),
+        preload_libraries: plan.preload_libraries.clone(),
         jit: false,
         shared_buffers_bytes: request.shared_buffers_bytes,
     }

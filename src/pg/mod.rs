@@ -4,6 +4,7 @@
 //! belongs to it; every decoder takes bytes and returns a value or an error that names the field.
 
 pub mod backup_label;
+pub mod collation;
 pub mod control_file;
 pub mod identity;
 pub mod lsn;
@@ -17,6 +18,7 @@ pub mod timeline;
 pub mod xid;
 
 pub use backup_label::BackupLabel;
+pub use collation::CollationProvider;
 pub use control_file::ControlFile;
 pub use identity::{Major, SystemId};
 pub use lsn::Lsn;

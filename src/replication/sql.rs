@@ -14,7 +14,7 @@ use super::error::ReplicationError;
 use super::session::quoted_identifier;
 use crate::pg::Major;
 
-pub use facts::{ConfigFileText, DatabaseFacts, EffectiveSetting, InstalledExtension, ServerFacts};
+pub use facts::{ColumnCollation, ConfigFileText, DatabaseFacts, EffectiveSetting, InstalledExtension, ServerFacts};
 pub use watch::{ClockReading, SlotState, SyncState, SyncWait, WalSettings};
 
 /// No question here takes long; a lock held by somebody else must not hold us.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::{BackupId, Generation};
 use super::pack::{FrameRef, PackRef};
-use crate::pg::{Lsn, Major, SegmentSize, SystemId, TimelineId, Timestamp};
+use crate::pg::{CollationProvider, Lsn, Major, SegmentSize, SystemId, TimelineId, Timestamp};
 
 /// Most bytes of a commit object's content.
 pub const COMMIT_BYTES_MAX: u64 = 256 << 20;
@@ -110,6 +110,24 @@ pub struct Surroundings {
     /// Version of the C library, and of ICU, as the server reports them for collations.
     pub libc_version: Option<String>,
     pub icu_version: Option<String>,
+    /// Under which versions the text of which databases is sorted.
+    pub collations: Vec<CollationUse>,
+    /// Resource managers of extensions: a library of the same server registers them, and replay needs it.
+    pub resource_managers: Vec<ResourceManager>,
+}
+
+/// A database whose own collation, or that of some column, is of this version.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct CollationUse {
+    pub provider: CollationProvider,
+    pub version: String,
+    pub database: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ResourceManager {
+    pub id: u8,
+    pub name: String,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -12,7 +12,7 @@ use super::space::FileSystem;
 use super::wal_plan::{self, StoredWal};
 use crate::pg::timeline::HistoryFile;
 use crate::pg::{Lsn, Major, SegmentNo, SegmentSize, SystemId, TimelineId, Timestamp};
-use crate::repository::backup_object::{BackupCommit, Tablespace};
+use crate::repository::backup_object::{BackupCommit, Surroundings, Tablespace};
 use crate::repository::catalogue::{Gap, HistoryObject, WalListing};
 use crate::repository::{BackupId, Incarnation};
 use crate::util::units::show_bytes;
@@ -77,6 +77,9 @@ pub struct Plan {
     /// Settings that the restored server must have at least as large, as far as the backup knows them.
     #[serde(default)]
     pub settings: Vec<PlannedSetting>,
+    /// Libraries of resource managers, which replay needs; nothing else of the source's is preloaded.
+    #[serde(default)]
+    pub preload_libraries: Vec<String>,
     /// What this host lacks to run the cluster.
     pub lacks: Vec<String>,
     /// What the operator should know.
@@ -224,7 +227,8 @@ impl Plan {
                 .saturating_add(wal_bytes.min(super::wal::disk_bytes_max(input.segment_size))),
             file_systems: Vec::new(),
             settings: settings(backup),
-            lacks: input.lacks.to_vec(),
+            preload_libraries: replay_libraries(&backup.surroundings).0,
+            lacks: input.lacks.iter().cloned().chain(replay_libraries(&backup.surroundings).1).collect(),
             notes: notes(backup),
         })
     }
@@ -303,6 +307,9 @@ impl fmt::Display for Plan {
         }
         for setting in &self.settings {
             writeln!(f, "  setting   {} at least {}", setting.name, setting.value)?;
+        }
+        for library in &self.preload_libraries {
+            writeln!(f, "  preload   {library}, which replay needs for its resource manager")?;
         }
         for lack in &self.lacks {
             writeln!(f, "  missing   {lack}")?;
@@ -419,6 +426,31 @@ fn settings(backup: &BackupCommit) -> Vec<PlannedSetting> {
     let needed = |name: &str| REPLAY_SETTINGS.contains(&name);
     let all = backup.surroundings.settings.iter().filter(|s| needed(&s.name));
     all.map(|s| PlannedSetting { name: s.name.clone(), value: s.value.clone() }).collect()
+}
+
+/// The libraries that registered the source's resource managers, and those managers for which none could be found. Only
+/// the name tells which library it is; a library that stands alone needs no name.
+fn replay_libraries(surroundings: &Surroundings) -> (Vec<String>, Vec<String>) {
+    let (mut libraries, mut unknown) = (Vec::new(), Vec::new());
+    let all = &surroundings.preload_libraries;
+    for manager in &surroundings.resource_managers {
+        let named = |library: &&String| {
+            let plain = library.rsplit('/').next().unwrap_or(library).trim_end_matches(".so");
+            plain.eq_ignore_ascii_case(&manager.name)
+        };
+        let alone = || all.first().filter(|_| all.len() == 1);
+        match all.iter().find(named).or_else(alone) {
+            Some(library) if libraries.contains(library) => {}
+            Some(library) => libraries.push(library.clone()),
+            None => unknown.push(format!(
+                "the library of the resource manager {} ({}), without which its WAL cannot be replayed; the source preloads {}",
+                manager.name,
+                manager.id,
+                all.join(", ")
+            )),
+        }
+    }
+    (libraries, unknown)
 }
 
 fn notes(backup: &BackupCommit) -> Vec<String> {

@@ -30,6 +30,10 @@ pub struct ServerFacts {
     /// glibc's, as collations record it.
     pub libc_version: Option<String>,
     pub icu_version: Option<String>,
+    /// Collations of columns; those of whole databases stand with these.
+    pub column_collations: Vec<ColumnCollation>,
+    /// Number and name of each resource manager that is not PostgreSQL's own; from 15 on.
+    pub resource_managers: Vec<(u8, String)>,
     /// What is missing above and why, a sentence each, with the GRANT where one helps.
     pub not_readable: Vec<String>,
 }
@@ -63,11 +67,21 @@ pub struct DatabaseFacts {
     pub name: String,
     pub encoding: String,
     pub collate: String,
+    /// As in the catalogue: `c`, `i` or `b`; `c` before 15.
+    pub provider: String,
     /// As recorded when the database was made or refreshed; from 15 on.
     pub collation_version: Option<String>,
     /// What the operating system or ICU has now; from 15 on.
     pub collation_version_now: Option<String>,
     pub allows_connections: bool,
+}
+
+/// A version under which columns of a database are sorted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ColumnCollation {
+    pub database: String,
+    pub provider: String,
+    pub version: String,
 }
 
 impl ServerFacts {
@@ -85,6 +99,8 @@ impl ServerFacts {
         facts.note("configuration files", files)?;
         let databases = facts.read_databases(&mut sql).await;
         facts.note("databases", databases)?;
+        let managers = facts.read_resource_managers(&mut sql).await;
+        facts.note("resource managers", managers)?;
         sql.close().await;
         let names: Vec<String> =
             facts.databases.iter().filter(|d| d.allows_connections).map(|d| d.name.clone()).collect();
@@ -163,9 +179,10 @@ impl ServerFacts {
 
     async fn read_databases(&mut self, sql: &mut Sql) -> Result<(), ReplicationError> {
         let versions = if sql.major()? < Major(15) {
-            "NULL AS recorded, NULL AS actual"
+            "NULL AS recorded, NULL AS actual, 'c' AS provider"
         } else {
-            "datcollversion AS recorded, pg_database_collation_actual_version(oid) AS actual"
+            "datcollversion AS recorded, pg_database_collation_actual_version(oid) AS actual, \
+             datlocprovider AS provider"
         };
         // An invalid database (its DROP was cut short) has the limit -2.
         let text = format!(
@@ -179,10 +196,24 @@ impl ServerFacts {
                 name: required(&rows, row, "datname")?,
                 encoding: required(&rows, row, "encoding")?,
                 collate: required(&rows, row, "datcollate")?,
+                provider: required(&rows, row, "provider")?,
                 collation_version: optional(&rows, row, "recorded")?,
                 collation_version_now: optional(&rows, row, "actual")?,
                 allows_connections: rows.text(row, "allowed").as_deref() == Some("t"),
             });
+        }
+        Ok(())
+    }
+
+    /// Those that a library of `shared_preload_libraries` has registered.
+    async fn read_resource_managers(&mut self, sql: &mut Sql) -> Result<(), ReplicationError> {
+        if sql.major()? < Major(15) {
+            return Ok(());
+        }
+        let text = "SELECT rm_id, rm_name FROM pg_get_wal_resource_managers() WHERE NOT rm_builtin ORDER BY 1";
+        let rows = sql.query(text).await?;
+        for row in 0..rows.rows.len() {
+            self.resource_managers.push((required(&rows, row, "rm_id")?, required(&rows, row, "rm_name")?));
         }
         Ok(())
     }
@@ -201,6 +232,17 @@ impl ServerFacts {
                 database: name.to_owned(),
                 name: required(&rows, row, "extname")?,
                 version: required(&rows, row, "extversion")?,
+            });
+        }
+        // An index has its columns, with their collations, beside those of its table.
+        let text = "SELECT DISTINCT collprovider AS p, collversion AS v FROM pg_catalog.pg_collation WHERE collversion IS \
+                    NOT NULL AND oid IN (SELECT attcollation FROM pg_catalog.pg_attribute WHERE attrelid >= 16384)";
+        let rows = sql.query(text).await?;
+        for row in 0..rows.rows.len() {
+            self.column_collations.push(ColumnCollation {
+                database: name.to_owned(),
+                provider: required(&rows, row, "p")?,
+                version: required(&rows, row, "v")?,
             });
         }
         if self.libc_version.is_none() || self.icu_version.is_none() {

@@ -1,6 +1,6 @@
 use super::*;
 use crate::pg::timeline::HistoryEntry;
-use crate::repository::backup_object::{Setting, Surroundings, TablePacks, Totals};
+use crate::repository::backup_object::{ResourceManager, Setting, Surroundings, TablePacks, Totals};
 use crate::repository::catalogue::WalObject;
 use crate::repository::layout::{ContentHash, Key, WalRange};
 use crate::util::digest::Digest;
@@ -205,6 +205,21 @@ fn conflicts_and_unknown_timelines_are_refused() {
     stored.histories.clear();
     stored.histories.push(history(2, &[]));
     assert!(matches!(plan(&stored, 3, 8 * MIB), Err(PlanError::NoHistory(TimelineId(3)))));
+}
+
+#[test]
+fn libraries_that_replay_needs_are_named() {
+    let mut stored = family();
+    let surroundings = &mut stored.backups[0].surroundings;
+    surroundings.preload_libraries = vec!["pg_cron".into(), "$libdir/own_storage".into()];
+    let manager = |id, name: &str| ResourceManager { id, name: name.to_owned() };
+    surroundings.resource_managers = vec![manager(130, "Own_Storage"), manager(131, "other")];
+    let planned = plan(&stored, 3, 8 * MIB).expect("plan");
+    assert_eq!(planned.preload_libraries, ["$libdir/own_storage"]);
+    let text = planned.to_string();
+    assert!(text.contains("\n  preload   $libdir/own_storage, which replay needs"), "{text}");
+    assert!(text.contains("\n  missing   the library of the resource manager other (131)"), "{text}");
+    assert!(text.contains("the source preloads pg_cron, $libdir/own_storage\n"), "{text}");
 }
 
 #[test]
