@@ -116,7 +116,7 @@ async fn assert_whole_segments_are_indexed(repository: &Repository, segments: &B
     // The last whole segment's record may go on in the open one: its index is made when that is known.
     let whole: Vec<_> = segments.iter().filter(|(_, b)| b.len() as u64 == SIZE.bytes()).map(|(s, _)| *s).collect();
     for segment in whole.iter().rev().skip(1) {
-        let key = stored.get(segment).unwrap_or_else(|| panic!("segment {segment:?} has no index"));
+        let key = stored.segments.get(segment).unwrap_or_else(|| panic!("segment {segment:?} has no index"));
         let read = index::read(repository, key).await.expect("read").expect("verifies");
         assert!(read.is_whole(), "{read:?}");
     }

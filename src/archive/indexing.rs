@@ -6,6 +6,7 @@
 use tokio::sync::mpsc;
 
 use super::assembler::Unit;
+use super::rollup::roll_up;
 use super::uploader::Destination;
 use crate::pg::{SegmentNo, TimelineId};
 use crate::repository::RepositoryError;
@@ -46,7 +47,7 @@ pub async fn run(destination: Destination, mut units: mpsc::Receiver<(TimelineId
     }
 }
 
-/// Makes the indexes that are missing on a timeline below `before`. Returns how many.
+/// Makes the indexes that are missing on a timeline below `before`, and rolls them up. Returns how many were missing.
 pub async fn catch_up(
     destination: &Destination,
     known: &KnownIncarnation,
@@ -59,13 +60,18 @@ pub async fn catch_up(
     let mut segments: Vec<SegmentNo> = listing.ranges.iter().map(|o| o.range.segment).collect();
     segments.dedup();
     let mut made = 0;
-    for segment in segments.into_iter().filter(|s| *s < before && !stored.contains_key(s)) {
+    for segment in segments.into_iter().filter(|s| *s < before && !stored.segments.contains_key(s)) {
         let index = index::build(repository, known, timeline, segment, &listing.ranges).await?;
         if index.completeness != crate::wal::transactions::Completeness::Tail {
             index::write(repository, *incarnation, *segment_size, &index).await?;
             made += 1;
         }
     }
+    let stored = match made {
+        0 => stored,
+        _ => index::list(repository, *incarnation, timeline, *segment_size).await?,
+    };
+    roll_up(destination, timeline, before, stored).await?;
     Ok(made)
 }
 

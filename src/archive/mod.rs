@@ -12,6 +12,7 @@ pub mod observer;
 pub mod pacing;
 pub mod progress;
 pub mod resume;
+mod rollup;
 pub mod settings;
 mod slot;
 pub mod status;

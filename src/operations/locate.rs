@@ -1,10 +1,13 @@
 //! From a target, as a person says it, to a plan: which record on which timeline, from which backup, with which WAL.
 //!
-//! Reads what the repository holds, then follows the segments' indexes on the path in LSN order; one that is missing is
-//! made from its WAL on the way, and the open segment's always is. Writes nothing.
+//! Reads what the repository holds, then follows the segments' indexes on the path in LSN order, most of them in short by
+//! their roll-ups; one that is missing is made from its WAL on the way, and the open segment's always is. Writes nothing.
+
+use std::collections::BTreeMap;
 
 use futures::{StreamExt, TryStreamExt};
 
+use super::indexes::{Chunk, Indexes, Place, Seen};
 use crate::error::{Code, Failure};
 use crate::lineage::coverage::Claim;
 use crate::lineage::moment::{ArchiveView, BackupPoint, Gap, Moment, Request, Search, Target, Unreachable};
@@ -12,11 +15,11 @@ use crate::lineage::{History, Path, StoredRanges};
 use crate::pg::{Lsn, SegmentNo, TimelineId};
 use crate::repository::backup_object::BackupCommit;
 use crate::repository::identity::{self, KnownIncarnation};
-use crate::repository::index::{self, StoredIndexes};
+use crate::repository::index;
 use crate::repository::{Key, Repository, RepositoryError, coverage};
 use crate::restore::gather::{Gathered, PlanRequest};
 use crate::restore::{Plan, Stop};
-use crate::wal::transactions::SegmentIndex;
+use crate::wal::transactions::{Row, SegmentIndex};
 
 /// Indexes that are read at the same time.
 const READS_MAX: usize = 16;
@@ -118,23 +121,54 @@ impl Archive {
         let view = self.view();
         let mut search = Search::new(request, &view)?;
         let places = self.segments(search.path(), search.scan_from());
-        let mut stored: Vec<(TimelineId, StoredIndexes)> = Vec::new();
-        let (incarnation, size) = (self.gathered.known.incarnation, self.gathered.known.identity.segment_size);
-        for leg in search.path().legs() {
-            stored.push((leg.timeline, index::list(&self.repository, incarnation, leg.timeline, size).await?));
-        }
-        let key_of = |(segment, timeline): (SegmentNo, TimelineId)| {
-            stored.iter().find(|(t, _)| *t == timeline).and_then(|(_, indexes)| indexes.get(&segment))
-        };
-        let reads = futures::stream::iter(places).map(|place| self.index(key_of(place), place));
-        let mut indexes = std::pin::pin!(reads.buffered(READS_MAX));
-        while let Some(index) = indexes.try_next().await? {
-            search.push(&index);
-            if search.is_done() {
-                break;
+        let timelines = search.path().legs().iter().map(|leg| leg.timeline).collect();
+        let indexes = self.list_indexes(timelines).await?;
+        let reads = futures::stream::iter(indexes.chunks(&places)).map(|chunk| self.read_chunk(chunk, &indexes));
+        let mut chunks = std::pin::pin!(reads.buffered(READS_MAX));
+        while let Some(chunk) = chunks.try_next().await? {
+            for (place, seen) in chunk {
+                match seen {
+                    Seen::Row(row) if search.wants(&row) => {
+                        search.push(&self.index(indexes.key(place), place).await?);
+                    }
+                    seen => search.push(seen.index()),
+                }
+                if search.is_done() {
+                    return Ok(search.finish()?);
+                }
             }
         }
         Ok(search.finish()?)
+    }
+
+    async fn list_indexes(&self, timelines: Vec<TimelineId>) -> Result<Indexes, RepositoryError> {
+        let known = &self.gathered.known;
+        let mut all = Vec::new();
+        for timeline in timelines {
+            let size = known.identity.segment_size;
+            all.push((timeline, index::list(&self.repository, known.incarnation, timeline, size).await?));
+        }
+        Ok(Indexes(all))
+    }
+
+    /// What a roll-up does not hold is read by itself.
+    async fn read_chunk(&self, chunk: Chunk, indexes: &Indexes) -> Result<Vec<(Place, Seen)>, RepositoryError> {
+        let size = self.gathered.known.identity.segment_size;
+        let rows = match &chunk.rollup {
+            Some(key) => index::read_rollup(&self.repository, key).await?.unwrap_or_default(),
+            None => Vec::new(),
+        };
+        let mut rows: BTreeMap<SegmentNo, Row> =
+            rows.into_iter().map(|row| (size.segment_of(row.index.start_lsn), row)).collect();
+        let mut seen = Vec::with_capacity(chunk.places.len());
+        for place in chunk.places {
+            let found = match rows.remove(&place.0).filter(|row| row.index.timeline == place.1) {
+                Some(row) => Seen::Row(row),
+                None => Seen::Whole(self.index(indexes.key(place), place).await?),
+            };
+            seen.push((place, found));
+        }
+        Ok(seen)
     }
 
     /// Plans the way to a moment.
@@ -158,7 +192,7 @@ impl Archive {
         let stored = index::list(&self.repository, self.gathered.known.incarnation, timeline, size).await?;
         let Some(path) = self.history.path_to(timeline) else { return Ok(Vec::new()) };
         let places = self.segments(&path, from).into_iter().filter(|(_, holder)| *holder == timeline);
-        let reads = futures::stream::iter(places).map(|place| self.index(stored.get(&place.0), place));
+        let reads = futures::stream::iter(places).map(|place| self.index(stored.segments.get(&place.0), place));
         Ok(reads.buffered(READS_MAX).try_collect().await?)
     }
 
@@ -351,3 +385,6 @@ impl From<RepositoryError> for NoPlan {
 fn unreachable(error: Unreachable) -> Failure {
     Failure::new(Code::UnreachableTarget, format!("reach the target: {error}"))
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,8 @@
 //! The stored index of each segment: derived, rebuilt from WAL when it is missing, old or damaged.
 //!
-//! Any number of index objects may exist for a segment; a reader takes the newest version that verifies.
+//! Any number of index objects may exist for a segment; a reader takes the newest version that verifies. A roll-up holds the
+//! indexes of many neighbouring segments in short: enough to know which of them a search must read, so that finding a
+//! moment costs a few dozen reads however many segments there are. Sizes rise by 16, and each is made from the one below it.
 
 use std::collections::BTreeMap;
 
@@ -12,13 +14,33 @@ use super::layout::{self, ContentHash, Incarnation, Key, prefix};
 use super::segment::read_segment;
 use crate::pg::{SegmentName, SegmentNo, SegmentSize, TimelineId};
 use crate::wal::reader::Stream;
-use crate::wal::transactions::{INDEX_VERSION, Indexer, SegmentIndex};
+use crate::wal::transactions::{INDEX_VERSION, Indexer, Row, SegmentIndex, decode_rows, encode_rows};
 
 /// Far above the index of the busiest segment of 64 MiB.
 const INDEX_BYTES_MAX: u64 = 256 << 20;
 
-/// The index objects of a timeline, by segment.
-pub type StoredIndexes = BTreeMap<SegmentNo, Key>;
+/// Segments of the roll-ups; each begins at a multiple of its size.
+pub const ROLLUP_SIZES: [u64; 3] = [16, 256, 4096];
+/// Far above the largest roll-up: a row has some hundred bytes.
+const ROLLUP_BYTES_MAX: u64 = 64 << 20;
+
+/// The index objects of a timeline.
+#[derive(Debug, Clone, Default)]
+pub struct StoredIndexes {
+    pub segments: BTreeMap<SegmentNo, Key>,
+    /// By size and first segment.
+    pub rollups: BTreeMap<(u64, SegmentNo), Key>,
+}
+
+impl StoredIndexes {
+    /// The roll-ups that cover a segment, the largest first.
+    pub fn rollups_of(&self, segment: SegmentNo) -> impl Iterator<Item = (u64, SegmentNo, &Key)> {
+        ROLLUP_SIZES.iter().rev().filter_map(move |size| {
+            let first = SegmentNo(segment.0 / size * size);
+            self.rollups.get(&(*size, first)).map(|key| (*size, first, key))
+        })
+    }
+}
 
 /// Stores the index of a segment.
 pub async fn write(
@@ -42,11 +64,39 @@ pub async fn list(
     size: SegmentSize,
 ) -> Result<StoredIndexes, RepositoryError> {
     let listed = repository.store().list(&prefix::index_timeline(incarnation, timeline)).await?;
-    let readable = listed.into_iter().filter_map(|object| {
-        let (name, version, _) = layout::parse_index(&object.key)?;
-        (version == INDEX_VERSION).then_some((name.segment(size)?, object.key))
-    });
-    Ok(readable.collect())
+    let mut found = StoredIndexes::default();
+    for object in listed {
+        if let Some((name, INDEX_VERSION, _)) = layout::parse_index(&object.key) {
+            found.segments.extend(name.segment(size).map(|segment| (segment, object.key)));
+        } else if let Some((name, count, INDEX_VERSION, _)) = layout::parse_rollup(&object.key) {
+            found.rollups.extend(name.segment(size).map(|first| ((count, first), object.key)));
+        }
+    }
+    Ok(found)
+}
+
+/// Stores the rows of `count` segments from `first` on, as far as there are indexes of them.
+pub async fn write_rollup(
+    repository: &Repository,
+    incarnation: Incarnation,
+    first: SegmentName,
+    count: u64,
+    rows: &[Row],
+) -> Result<Key, RepositoryError> {
+    let content = encode_rows(rows);
+    let hash = ContentHash::of(&repository.codec().digest(&content));
+    let key = Key::rollup(incarnation, first, count, INDEX_VERSION, hash);
+    repository.write(&key, Kind::Index, content.into()).await?;
+    Ok(key)
+}
+
+/// Reads a roll-up; `None` when it does not verify: then the indexes themselves are to be read.
+pub async fn read_rollup(repository: &Repository, key: &Key) -> Result<Option<Vec<Row>>, RepositoryError> {
+    match repository.read(key, Kind::Index, ROLLUP_BYTES_MAX).await {
+        Ok(content) => Ok(decode_rows(&content).ok()),
+        Err(error) if error.is_corrupt() || error.is_not_found() => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Reads a stored index; `None` when it does not verify and must be made again.

@@ -130,6 +130,11 @@ impl Key {
         Key(format!("{incarnation}/index/{}/{segment}.{version}-{hash}", segment.timeline().hex()))
     }
 
+    /// The indexes of `count` segments from this one on, in short.
+    pub fn rollup(incarnation: Incarnation, first: SegmentName, count: u64, version: u8, hash: ContentHash) -> Key {
+        Key(format!("{incarnation}/index/{}/{first}+{count}.{version}-{hash}", first.timeline().hex()))
+    }
+
     pub fn coverage(incarnation: Incarnation, name: &CoverageName) -> Key {
         let micros = u64::try_from(name.server_time.0).unwrap_or(0);
         let (timeline, lsn, run) = (name.timeline.hex(), name.lsn.0, name.run);
@@ -223,6 +228,14 @@ pub fn parse_index(key: &Key) -> Option<(SegmentName, u8, ContentHash)> {
     let (segment, rest) = key.name().split_once('.')?;
     let (version, hash) = rest.split_once('-')?;
     Some((segment.parse().ok()?, version.parse().ok()?, hash.parse().ok()?))
+}
+
+/// Reads a roll-up's name: its first segment, how many there are, the index version and the content's hash.
+pub fn parse_rollup(key: &Key) -> Option<(SegmentName, u64, u8, ContentHash)> {
+    let (segments, rest) = key.name().split_once('.')?;
+    let (first, count) = segments.split_once('+')?;
+    let (version, hash) = rest.split_once('-')?;
+    Some((first.parse().ok()?, count.parse().ok()?, version.parse().ok()?, hash.parse().ok()?))
 }
 
 /// Reads a coverage object's name.
@@ -492,5 +505,8 @@ mod tests {
         assert!("1-2".parse::<Incarnation>().is_err());
         let segment = SegmentName::new(TimelineId(1), SegmentNo(1), SIZE);
         assert_eq!(parse_index(&Key::index(incarnation(), segment, 1, hash())), Some((segment, 1, hash())));
+        let rollup = Key::rollup(incarnation(), segment, 256, 1, hash());
+        assert_eq!((parse_rollup(&rollup), parse_index(&rollup)), (Some((segment, 256, 1, hash())), None));
+        assert_eq!(parse_rollup(&Key::index(incarnation(), segment, 1, hash())), None);
     }
 }

@@ -5,6 +5,7 @@
 //! create-only writes: names carry content, so writing one twice is harmless.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -84,6 +85,7 @@ pub struct Store {
     root: Path,
     settings: StoreSettings,
     place: String,
+    reads: Arc<AtomicU64>,
 }
 
 impl Store {
@@ -92,12 +94,17 @@ impl Store {
     pub fn open(location: &Location, environment: &str, settings: StoreSettings) -> Result<Store, StoreError> {
         let (inner, root) = location.open()?;
         let place = format!("{location}/{environment}");
-        Ok(Store { inner, root: root.join(environment), settings, place })
+        Ok(Store { inner, root: root.join(environment), settings, place, reads: Arc::default() })
     }
 
     /// The location and the environment, for messages.
     pub fn place(&self) -> &str {
         &self.place
+    }
+
+    /// How many reads were asked for, whole objects and ranges; of all clones together.
+    pub fn reads(&self) -> u64 {
+        self.reads.load(Ordering::Relaxed)
     }
 
     /// Writes an object. Writing the same name again is harmless by the way names are made. Returns the store's tag.
@@ -115,6 +122,7 @@ impl Store {
 
     /// Reads a whole object of at most `limit` bytes.
     pub async fn get(&self, key: &Key, limit: u64) -> Result<Bytes, StoreError> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
         let path = self.path(key);
         let attempt = || async {
             let result = self.inner.get(&path).await?;
@@ -133,6 +141,7 @@ impl Store {
 
     /// Reads `[start, end)` of an object; fewer bytes than asked for are an error.
     pub async fn get_range(&self, key: &Key, range: std::ops::Range<u64>) -> Result<Bytes, StoreError> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
         let path = self.path(key);
         let wanted = range.end.saturating_sub(range.start);
         let attempt = || async {

@@ -11,6 +11,7 @@ use crate::pg::{Lsn, TimelineId, Timestamp};
 use crate::wal::transactions::{Completeness, SegmentIndex, TransactionEnd};
 
 mod answer;
+mod narrow;
 
 /// How far past a time a clock must have gone on undisturbed for nothing behind it to matter, and how long before it a
 /// backup must have ended for nothing before it to matter.

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::pg::{FullXid, Xid};
-use crate::wal::transactions::{At, Completeness, EndKind, RestorePoint, SegmentIndex};
+use crate::wal::transactions::{At, Completeness, EndKind, RestorePoint, Row, SegmentIndex};
 
 const MIB: u64 = 1 << 20;
 const ONE: TimelineId = TimelineId(1);
@@ -115,7 +115,19 @@ impl Archive {
             let early = search.finish();
             assert_eq!(early.as_ref().map(|m| &m.stop), whole.as_ref().map(|m| &m.stop), "ended early");
         }
+        // Nor when only those segments are looked into that the search wants.
+        assert_eq!(self.find_narrowed(&request), whole, "narrowed");
         whole
+    }
+
+    fn find_narrowed(&self, request: &Request) -> Result<Moment, Unreachable> {
+        let mut search = Search::new(request, &self.view())?;
+        for index in &self.indexes {
+            let row = Row::of(index);
+            let is_wanted = search.wants(&row);
+            search.push(if is_wanted { index } else { &row.index });
+        }
+        search.finish()
     }
 
     #[track_caller]
@@ -421,7 +433,7 @@ proptest::proptest! {
     /// Whatever is stored, lost, claimed and not indexed: nothing panics, and a moment can be reached from its backup.
     #[test]
     fn every_moment_can_be_reached(
-        ends in proptest::collection::btree_map(101_u64..800, 0_u64..200, 0..30),
+        ends in proptest::collection::btree_map(101_u64..800, 0_u64..200, 0..90),
         stored in proptest::collection::vec((100_u64..800, 1_u64..300), 1..5),
         backups in proptest::collection::vec((100_u64..700, 1_u64..90, 0_u64..200), 0..4),
         claims in proptest::collection::vec((1_u32..3, 0_u64..250, 100_u64..800), 0..6),
@@ -461,7 +473,9 @@ proptest::proptest! {
         };
         let timeline = (1..3).contains(&timeline).then_some(TimelineId(timeline));
         let request = Request { target, exclusive: kind == 5, timeline };
-        match resolve(&request, &archive.view(), &archive.indexes) {
+        let whole = resolve(&request, &archive.view(), &archive.indexes);
+        proptest::prop_assert_eq!(archive.find_narrowed(&request), whole.clone());
+        match whole {
             Ok(moment) => {
                 let backup = archive.backups.iter().find(|backup| backup.id == moment.backup).expect("one of them");
                 let path = archive.history.path_to(moment.stop.timeline).expect("known");

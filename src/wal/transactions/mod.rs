@@ -10,6 +10,7 @@ use crate::pg::{FullXid, Lsn, Major, TimelineId, Timestamp, Xid};
 
 mod codec;
 mod indexer;
+mod rollup;
 #[cfg(test)]
 #[expect(clippy::cast_possible_truncation, reason = "numbers of the tests themselves")]
 mod tests;
@@ -18,6 +19,7 @@ pub use super::rmgr::xact::EndKind;
 pub use super::rmgr::xlog::{Checkpoint, EndOfRecovery, Parameters, WalLevel};
 pub use codec::{DecodeError, INDEX_VERSION};
 pub use indexer::Indexer;
+pub use rollup::{Row, decode_rows, encode_rows};
 
 /// What happened in the records that start in one segment.
 #[derive(Debug, Clone, PartialEq, Eq)]
