@@ -210,3 +210,35 @@ fn a_cluster_with_its_configuration_elsewhere_is_restored_and_starts() {
         assert_eq!(left.query(&cluster, "SELECT count(*) FROM orders"), "1000", "{more:?}");
     }
 }
+
+/// The WAL says that settings were raised after the backup: replay begins with them, and need not begin again.
+#[test]
+fn settings_that_were_raised_after_the_backup_cost_no_restart() {
+    for major in [14, NEWEST] {
+        let mut cluster = Cluster::builder(major).setting("max_connections", "30").start();
+        let dir = Directory::new("way");
+        let place = Store::Directory(dir.join("repository"));
+        let mut host = Pgrecall::new(&[Environment::new("shop", place).cluster(&cluster)]);
+        cluster.query("CREATE TABLE t (n int)");
+        host.start(&[&cluster]);
+        host.wait_for_backup("shop");
+        host.announce("WAL is not archived");
+        for connections in ["90", "150", "60"] {
+            cluster.query(&format!("INSERT INTO t VALUES ({connections})"));
+            cluster.set("max_connections", connections);
+            cluster.restart();
+        }
+        cluster.query("INSERT INTO t VALUES (0)");
+        wait_stored(&cluster);
+        host.stop();
+        let planned = host.json(&["plan", "shop"]);
+        let settings = planned["plan"]["settings"].as_array().expect("a list").clone();
+        let planned = settings.iter().find(|s| s["name"] == "max_connections").map(|s| &s["value"]);
+        assert_eq!(planned, Some(&"150".into()), "{settings:?}");
+        let report = restore(&host, "latest", &dir.join("restored"), &[]);
+        assert_eq!(report["restarts"], 0, "{report}");
+        let left = Left::of(&report);
+        assert_eq!(left.query(&cluster, "SELECT string_agg(n::text, ' ') FROM t"), "90 150 60 0");
+        assert_eq!(left.query(&cluster, "SHOW max_connections"), "150");
+    }
+}

@@ -12,6 +12,7 @@ use crate::error::{Code, Failure};
 use crate::lineage::coverage::Claim;
 use crate::lineage::moment::{ArchiveView, BackupPoint, Gap, Moment, Request, Search, Target, Unreachable};
 use crate::lineage::{History, Path, StoredRanges};
+use crate::pg::control_file::RecoveryParameters;
 use crate::pg::{Lsn, SegmentNo, TimelineId};
 use crate::repository::backup_object::BackupCommit;
 use crate::repository::identity::{self, KnownIncarnation};
@@ -186,6 +187,30 @@ impl Archive {
             .map_err(|e| Failure::new(Code::UnreachableTarget, format!("plan the restore: {e}")))
     }
 
+    /// The largest settings that the WAL between the plan's backup and its stop changes to. Indexes that are missing are
+    /// left out, but for the newest, which are often still to be made: replay finds out what they would have said.
+    async fn later_parameters(&self, plan: &Plan) -> Result<Option<RecoveryParameters>, RepositoryError> {
+        const MADE_MAX: usize = 2;
+        let size = self.gathered.known.identity.segment_size;
+        let Some(path) = self.history.path_to(plan.stop.timeline) else { return Ok(None) };
+        let mut places = self.segments(&path, plan.backup.start_lsn);
+        places.retain(|(segment, _)| segment.start_lsn(size) < plan.stop.end_lsn);
+        let indexes = self.list_indexes(path.legs().iter().map(|leg| leg.timeline).collect()).await?;
+        let newest: Vec<Place> = places.iter().rev().take(MADE_MAX).copied().collect();
+        places.retain(|place| indexes.key(*place).is_some() || newest.contains(place));
+        let reads = futures::stream::iter(indexes.chunks(&places)).map(|chunk| self.read_chunk(chunk, &indexes));
+        let mut chunks = std::pin::pin!(reads.buffered(READS_MAX));
+        let mut largest: Option<RecoveryParameters> = None;
+        while let Some(chunk) = chunks.try_next().await? {
+            let changes = chunk.iter().flat_map(|(_, seen)| &seen.index().parameter_changes);
+            for change in changes.filter(|change| change.lsn < plan.stop.end_lsn) {
+                let needed = change.what.needed();
+                largest = Some(largest.map_or(needed.clone(), |largest| largest.raised_to(&needed)));
+            }
+        }
+        Ok(largest)
+    }
+
     /// The indexes of a timeline's stored segments from the one that holds `from` on.
     pub(super) async fn indexes(&self, timeline: TimelineId, from: Lsn) -> Result<Vec<SegmentIndex>, Failure> {
         let size = self.gathered.known.identity.segment_size;
@@ -344,7 +369,12 @@ async fn plan_in(
             Err(error) => Err(error),
         };
         match planned {
-            Ok((moment, plan)) => return Ok((moment, plan, archive)),
+            Ok((moment, mut plan)) => {
+                if let Some(later) = archive.later_parameters(&plan).await? {
+                    plan.raise(later);
+                }
+                return Ok((moment, plan, archive));
+            }
             Err(error) if error.may_be_stale() && again => again = false,
             Err(error) => return Err(error),
         }

@@ -86,6 +86,8 @@ pub struct RestoreReport {
     pub psql: Option<String>,
     pub pid: Option<i32>,
     pub databases: Vec<String>,
+    /// How often replay had to begin again with larger settings.
+    pub restarts: u32,
     /// Sentences that a person should read.
     pub remarks: Vec<String>,
 }
@@ -162,7 +164,7 @@ fn recovery_of(plan: &Plan, request: &RestoreRequest) -> Recovery {
         finish: request.finish,
         wal: if complete { WalSource::Preloaded } else { WalSource::Command(request.wal_get.clone()) },
         configuration: if request.with_config { Configuration::Source } else { Configuration::Isolated },
-        later_parameters: None,
+        later_parameters: plan.later_parameters.clone(),
         preload_libraries: plan.preload_libraries.clone(),
         jit: false,
         shared_buffers_bytes: request.shared_buffers_bytes,
@@ -235,6 +237,7 @@ impl Started<'_> {
     ) -> Result<RestoreReport, Failure> {
         let mut report = report_of(&self.restored.plan, &prepared.data_directory);
         report.new_timeline = driven.new_timeline;
+        report.restarts = driven.restarts;
         if driven.server.is_none() {
             if request.check != Check::None {
                 let seen =
@@ -289,6 +292,7 @@ fn report_of(plan: &Plan, directory: &Path) -> RestoreReport {
         psql: None,
         pid: None,
         databases: Vec::new(),
+        restarts: 0,
         remarks,
     }
 }

@@ -4,6 +4,8 @@
 //! them but for the nonce and the CRC, which 18 moves by a new flag; 17 puts the checkpoint's `wal_level` into what was
 //! padding. A file whose CRC does not fit is refused: nothing in it means anything then.
 
+use serde::{Deserialize, Serialize};
+
 use super::{Lsn, Major, SegmentSize, SystemId, TimelineId, Timestamp};
 
 /// The decoded file. Fields that no part of this program reads are left out.
@@ -60,7 +62,8 @@ pub enum ClusterState {
 }
 
 /// `WalLevel`; ordered, a higher one writes more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum WalLevel {
     Minimal,
     Replica,
@@ -69,7 +72,7 @@ pub enum WalLevel {
 
 /// The settings that a server replaying this cluster's WAL must have at least as large
 /// (`CheckRequiredParameterValues`).
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecoveryParameters {
     pub wal_level: WalLevel,
     pub wal_log_hints: bool,

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::space::FileSystem;
 use super::wal_plan::{self, StoredWal};
+use crate::pg::control_file::RecoveryParameters;
 use crate::pg::timeline::HistoryFile;
 use crate::pg::{Lsn, Major, SegmentNo, SegmentSize, SystemId, TimelineId, Timestamp};
 use crate::repository::backup_object::{BackupCommit, Surroundings, Tablespace};
@@ -80,6 +81,9 @@ pub struct Plan {
     /// Libraries of resource managers, which replay needs; nothing else of the source's is preloaded.
     #[serde(default)]
     pub preload_libraries: Vec<String>,
+    /// The largest settings that the WAL up to the stop changes to, as far as it is indexed.
+    #[serde(default)]
+    pub later_parameters: Option<RecoveryParameters>,
     /// What this host lacks to run the cluster.
     pub lacks: Vec<String>,
     /// What the operator should know.
@@ -228,6 +232,7 @@ impl Plan {
             file_systems: Vec::new(),
             settings: settings(backup),
             preload_libraries: replay_libraries(&backup.surroundings).0,
+            later_parameters: None,
             lacks: input.lacks.iter().cloned().chain(replay_libraries(&backup.surroundings).1).collect(),
             notes: notes(backup),
         })
@@ -235,6 +240,29 @@ impl Plan {
 
     pub fn fetch_bytes(&self) -> u64 {
         self.backup_fetch_bytes.saturating_add(self.wal_fetch_bytes)
+    }
+
+    /// Adds the settings that the WAL on the way changes to, so that replay need not stop for them.
+    pub fn raise(&mut self, later: RecoveryParameters) {
+        let numbers = [
+            ("max_connections", later.max_connections),
+            ("max_worker_processes", later.max_worker_processes),
+            ("max_wal_senders", later.max_wal_senders),
+            ("max_prepared_transactions", later.max_prepared_transactions),
+            ("max_locks_per_transaction", later.max_locks_per_transaction),
+        ];
+        for (name, number) in numbers {
+            // Those of the backup that stand at their default are not recorded.
+            let known = self.settings.iter_mut().find(|setting| setting.name == name);
+            match known {
+                Some(known) if known.value.parse::<u32>().is_ok_and(|value| value < number) => {
+                    known.value = number.to_string();
+                }
+                Some(_) => {}
+                None => self.settings.push(PlannedSetting { name: name.to_owned(), value: number.to_string() }),
+            }
+        }
+        self.later_parameters = Some(later);
     }
 
     /// Of [`Plan::disk_bytes`], what the data directory itself takes.

@@ -10,7 +10,9 @@ use crate::repository::codec::Kind;
 use crate::repository::coverage::{Claim as StoredClaim, ClaimSource};
 use crate::repository::layout::{ContentHash, WalRange};
 use crate::repository::testing::{SIZE, T1, World, files, segment_size};
-use crate::wal::transactions::{Completeness, EndKind, INDEX_VERSION, RestorePoint, TransactionEnd};
+use crate::wal::transactions::{
+    At, Completeness, EndKind, INDEX_VERSION, Parameters, RestorePoint, TransactionEnd, WalLevel,
+};
 
 const FIRST: u64 = 3;
 const SEGMENTS: u64 = 10_000;
@@ -40,6 +42,19 @@ fn index_of(segment: u64) -> SegmentIndex {
         TransactionEnd { lsn, end_lsn, kind: EndKind::Commit, xid: Xid(low.0), time: time(segment, n) }
     };
     index.ends = (0..ENDS).map(end).collect();
+    if segment == 2000 {
+        let what = Parameters {
+            max_connections: 300,
+            max_worker_processes: 8,
+            max_wal_senders: 10,
+            max_prepared_transactions: 0,
+            max_locks_per_transaction: 64,
+            wal_level: WalLevel(1),
+            wal_log_hints: false,
+            track_commit_timestamp: false,
+        };
+        index.parameter_changes.push(At { lsn: Lsn(start + 400_000), what });
+    }
     if segment == 7000 {
         let name = "before the migration".to_owned();
         index.restore_points.push(RestorePoint { lsn: Lsn(start + 500_000), name, time: time(segment, ENDS) });
@@ -118,6 +133,14 @@ async fn few_objects_are_read_to_find_a_moment_among_ten_thousand_segments() {
         println!("{target}: {reads} reads");
         assert_eq!(found, *moment, "{target}");
         assert!(reads <= most, "{target}: {reads} reads");
+        // A whole plan, with the settings that the WAL on the way changes to.
+        let before = world.repository.store().reads();
+        let request = Request { target: target.parse().expect("a target"), exclusive: false, timeline: None };
+        let (_, planned, _) = plan(&world.repository, &world.known, "shop", &request).await.expect("a plan");
+        let reads = world.repository.store().reads() - before;
+        println!("plan to {target}: {reads} reads");
+        assert!(reads <= 60, "{target}: {reads} reads");
+        assert_eq!(planned.later_parameters.expect("one changed").max_connections, 300);
     }
     let first_out = moments[1].first_excluded.expect("one is out");
     assert_eq!((first_out.xid.0, first_out.time), (1000 + 50_004, time(5000, 4)));

@@ -4,6 +4,7 @@
 //! `xl_end_of_recovery` in `src/include/access/xlog_internal.h`, 14–18.
 
 use super::PayloadError;
+use crate::pg::control_file::{self, RecoveryParameters};
 use crate::pg::{FullXid, Lsn, TimelineId, Timestamp};
 use crate::wal::bytes::Bytes;
 use crate::wal::format::Format;
@@ -76,6 +77,24 @@ pub struct Parameters {
     pub wal_level: WalLevel,
     pub wal_log_hints: bool,
     pub track_commit_timestamp: bool,
+}
+
+impl Parameters {
+    /// What a server that replays past the record must be set to at least.
+    pub fn needed(&self) -> RecoveryParameters {
+        let number = |value: i32| u32::try_from(value).unwrap_or(0);
+        let level = u32::try_from(self.wal_level.0).ok().and_then(control_file::WalLevel::from_number);
+        RecoveryParameters {
+            wal_level: level.unwrap_or(control_file::WalLevel::Replica),
+            wal_log_hints: self.wal_log_hints,
+            max_connections: number(self.max_connections),
+            max_worker_processes: number(self.max_worker_processes),
+            max_wal_senders: number(self.max_wal_senders),
+            max_prepared_transactions: number(self.max_prepared_transactions),
+            max_locks_per_transaction: number(self.max_locks_per_transaction),
+            track_commit_timestamp: self.track_commit_timestamp,
+        }
+    }
 }
 
 /// What the record says; `None` for operations that do not matter here.
