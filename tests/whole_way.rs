@@ -242,3 +242,50 @@ fn settings_that_were_raised_after_the_backup_cost_no_restart() {
         assert_eq!(left.query(&cluster, "SHOW max_connections"), "150");
     }
 }
+
+/// Paused before the end of transactions that had locked much, a server is checked as far as it can be, without waiting.
+#[test]
+fn what_replay_holds_locked_at_a_pause_is_named_and_not_waited_for() {
+    let cluster = Cluster::start_new(NEWEST);
+    let dir = Directory::new("way");
+    let mut host =
+        Pgrecall::new(&[Environment::new("shop", Store::Directory(dir.join("repository"))).cluster(&cluster)]);
+    cluster.query("CREATE EXTENSION amcheck");
+    cluster.query("CREATE DATABASE books");
+    cluster.query("CREATE SCHEMA sales");
+    for n in 0..60 {
+        cluster.query(&format!("CREATE TABLE sales.t{n} (n int PRIMARY KEY)"));
+    }
+    host.start(&[&cluster]);
+    host.wait_for_backup("shop");
+    let before_drop = moment(&cluster);
+    cluster.query("DROP SCHEMA sales CASCADE");
+    let before_lock = moment(&cluster);
+    cluster.query_in(
+        "books",
+        "BEGIN; LOCK TABLE pg_catalog.pg_class IN ACCESS EXCLUSIVE MODE; SELECT pg_current_xact_id(); COMMIT",
+    );
+    wait_stored(&cluster);
+    host.stop();
+
+    let begun = std::time::Instant::now();
+    let more = ["--finish", "pause", "--check", "full"];
+    let report = restore(&host, &before_drop, &dir.join("drop"), &more);
+    drop(Left::of(&report));
+    assert!(begun.elapsed().as_secs() < 60, "{:?}", begun.elapsed());
+    let remarks = |report: &Value| report["remarks"].as_array().expect("a list").iter().map(Value::to_string).collect();
+    let said: Vec<String> = remarks(&report);
+    let has =
+        |said: &[String], text: &str| assert!(said.iter().any(|remark| remark.contains(text)), "{text}: {said:?}");
+    has(&said, "locked postgres.sales.t0, postgres.sales.t1, postgres.sales.t10, postgres.sales.t11, ");
+    has(&said, " and 55 more: whoever reads there waits until the server is promoted");
+    has(&said, "pg_amcheck did not check postgres: 120 of its relations, which are locked; the others are clean");
+
+    // A database whose catalogue is locked takes no session; the rest of the cluster is right all the same.
+    let report = restore(&host, &before_lock, &dir.join("lock"), &more);
+    let left = Left::of(&report);
+    let said: Vec<String> = remarks(&report);
+    has(&said, "database books takes no session while replay is paused");
+    assert_eq!(report["databases"], serde_json::json!(["postgres", "template1"]));
+    left.query(&cluster, "SELECT pg_promote()");
+}

@@ -310,6 +310,22 @@ fn note_quick(report: &mut RestoreReport, seen: Accepted) {
     report.remarks.extend(seen.invalid_databases.iter().map(|name| {
         format!("database {name} is invalid: a DROP DATABASE had begun at the target; it was so in the source, too")
     }));
+    if !seen.locked.is_empty() {
+        const NAMED_MAX: usize = 5;
+        let named = seen.locked.iter().take(NAMED_MAX).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let more = seen.locked.len().saturating_sub(NAMED_MAX);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        report.remarks.push(format!(
+            "replay stopped inside a transaction that had locked {named}{more}: whoever reads there waits until the server \
+             is promoted (SELECT pg_promote())"
+        ));
+    }
+    report.remarks.extend(seen.closed.iter().map(|name| {
+        format!(
+            "database {name} takes no session while replay is paused, inside a transaction that had locked one of its \
+             catalogues; it was not checked: promote the server to use it"
+        )
+    }));
     report.remarks.extend(seen.other_collations.iter().map(|name| {
         format!("text in {name} was sorted by another version of its collation library: REINDEX it before use")
     }));

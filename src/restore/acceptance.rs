@@ -28,6 +28,10 @@ pub struct Accepted {
     pub invalid_databases: Vec<String>,
     /// `database` or `database.collation` whose text was sorted by another version of its library: REINDEX.
     pub other_collations: Vec<String>,
+    /// `database.table` that replay holds locked at its pause: whoever reads it waits.
+    pub locked: Vec<String>,
+    /// Databases that take no session while replay is paused, for it holds one of their catalogues locked.
+    pub closed: Vec<String>,
 }
 
 /// What the full check has found.
@@ -50,6 +54,18 @@ const STATEMENT_LIMIT: Duration = Duration::from_secs(30);
 
 /// A restored prepared transaction holds its locks until somebody decides about it.
 const AMCHECK_LOCK_LIMIT: Duration = Duration::from_secs(2);
+
+/// At a pause nothing is unlocked while one waits, and each locked relation is waited for.
+const AMCHECK_PAUSED_LOCK_LIMIT: Duration = Duration::from_millis(100);
+
+/// With more locked relations than this a database is not checked: waiting for them would take minutes.
+const AMCHECK_LOCKED_MAX: i64 = 1000;
+
+/// What replay holds locked in the session's own database. At a pause it stays so: the transaction that took the lock
+/// ends behind the target.
+const LOCKED: &str = "FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_class c ON c.oid = l.relation \
+     WHERE l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.granted AND pg_catalog.pg_is_in_recovery() \
+     AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = pg_catalog.current_database())";
 
 /// The schema into which `amcheck` is put, and taken away with, where a database does not have it.
 const AMCHECK_SCHEMA: &str = "pgrecall_amcheck";
@@ -82,11 +98,30 @@ pub async fn quick(prepared: &Prepared, recovery: &Recovery, driven: &Driven) ->
             false => accepted.databases.push(name),
         }
     }
-    for database in &accepted.databases {
-        let visit = visit(&driven.address, database, prepared.major).await;
-        accepted.other_collations.extend(visit.with_context(|| format!("use database {database}"))?);
+    for database in std::mem::take(&mut accepted.databases) {
+        match visit(&driven.address, &database, prepared.major).await {
+            Ok(visited) => {
+                accepted.other_collations.extend(visited.other_collations);
+                accepted.locked.extend(visited.locked);
+                accepted.databases.push(database);
+            }
+            Err(error) if catalogue_is_locked(&session, &database).await? => {
+                tracing::info!(database, error = %format_args!("{error:#}"), "a catalogue is locked at the pause");
+                accepted.closed.push(database);
+            }
+            Err(error) => return Err(error.context(format!("use database {database}"))),
+        }
     }
     Ok(accepted)
+}
+
+/// Replay stopped inside a transaction that rewrites a catalogue of the database, such as VACUUM FULL.
+async fn catalogue_is_locked(session: &Session, database: &str) -> anyhow::Result<bool> {
+    const FIRST_NORMAL_OID: u32 = 16384;
+    let query = "SELECT EXISTS (SELECT FROM pg_catalog.pg_locks l JOIN pg_catalog.pg_database d ON d.oid = l.database \
+                 WHERE d.datname = $1 AND l.locktype = 'relation' AND l.mode = 'AccessExclusiveLock' AND l.granted \
+                 AND l.relation < $2 AND pg_catalog.pg_is_in_recovery())";
+    Ok(session.query_one(query, &[&database, &FIRST_NORMAL_OID]).await?.try_get(0)?)
 }
 
 /// The check of a directory whose server was to shut down at the target: nothing can be asked, but `pg_control` tells.
@@ -154,8 +189,15 @@ fn check_end(recovery: &Recovery, record_lsn: Lsn, end_lsn: Lsn) -> anyhow::Resu
     Ok(())
 }
 
-/// Opens a session in a database, reads its catalogue, and names the collations that are of another version here.
-async fn visit(address: &Address, database: &str, major: Major) -> anyhow::Result<Vec<String>> {
+/// What a session in a database has seen.
+struct Visited {
+    other_collations: Vec<String>,
+    locked: Vec<String>,
+}
+
+/// Opens a session in a database, reads its catalogue, and names the collations that are of another version here, and the
+/// tables that replay holds locked.
+async fn visit(address: &Address, database: &str, major: Major) -> anyhow::Result<Visited> {
     let session = Session::open(address, database, STATEMENT_LIMIT).await?;
     session.query_one("SELECT count(*) FROM pg_catalog.pg_class", &[]).await?;
     let mut query = "SELECT current_database() || '.' || collname FROM pg_catalog.pg_collation \
@@ -167,8 +209,14 @@ async fn visit(address: &Address, database: &str, major: Major) -> anyhow::Resul
              AND datcollversion <> pg_catalog.pg_database_collation_actual_version(oid)",
         );
     }
-    let rows = session.query(&query, &[]).await?;
-    rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+    let names =
+        |rows: Vec<tokio_postgres::Row>| rows.iter().map(|row| Ok(row.try_get(0)?)).collect::<anyhow::Result<_>>();
+    let other_collations = names(session.query(&query, &[]).await?)?;
+    let tables = format!(
+        "SELECT current_database() || '.' || c.oid::pg_catalog.regclass {LOCKED} AND c.relkind IN ('r', 'p', 'm') ORDER BY 1"
+    );
+    let locked = names(session.query(&tables, &[]).await?)?;
+    Ok(Visited { other_collations, locked })
 }
 
 /// The full check: pages on `workers` threads, and then each database by `pg_amcheck`. `read_bytes` grows on the way.
@@ -208,11 +256,16 @@ async fn check_database(installation: &Installation, address: &Address, database
         }
         _ => true,
     };
+    let locked: i64 = session.query_one(&format!("SELECT count(*) {LOCKED}"), &[]).await?.try_get(0)?;
+    if locked > AMCHECK_LOCKED_MAX {
+        return Ok(Amcheck::NotChecked(format!("replay holds {locked} of its relations locked at the pause")));
+    }
     if is_ours {
         let make = format!("CREATE SCHEMA {AMCHECK_SCHEMA}; CREATE EXTENSION amcheck SCHEMA {AMCHECK_SCHEMA}");
         session.batch_execute(&make).await.context("make the extension amcheck")?;
     }
-    let result = run_amcheck(installation, address, database).await;
+    let lock_limit = if is_read_only { AMCHECK_PAUSED_LOCK_LIMIT } else { AMCHECK_LOCK_LIMIT };
+    let result = run_amcheck(installation, address, database, lock_limit).await;
     if is_ours {
         let drop = format!("DROP EXTENSION amcheck; DROP SCHEMA {AMCHECK_SCHEMA}");
         session.batch_execute(&drop).await.context("drop the extension amcheck")?;
@@ -220,13 +273,18 @@ async fn check_database(installation: &Installation, address: &Address, database
     result
 }
 
-async fn run_amcheck(installation: &Installation, address: &Address, database: &str) -> anyhow::Result<Amcheck> {
+async fn run_amcheck(
+    installation: &Installation,
+    address: &Address,
+    database: &str,
+    lock_limit: Duration,
+) -> anyhow::Result<Amcheck> {
     let mut command: Command = command::command(installation, "pg_amcheck");
     command
         .arg("--host")
         .arg(&address.socket_directory)
         .args(["--port", &address.port.to_string(), "--username", &address.user, "--jobs", "2", "--database", database])
-        .env("PGOPTIONS", format!("-c lock_timeout={}", AMCHECK_LOCK_LIMIT.as_millis()));
+        .env("PGOPTIONS", format!("-c lock_timeout={}", lock_limit.as_millis()));
     let output = tokio::process::Command::from(command).kill_on_drop(true).output().await.context("run pg_amcheck")?;
     let text = || {
         let all = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
@@ -248,7 +306,9 @@ fn judge_findings(text: String) -> Amcheck {
     let errors = text.lines().filter(|line| line.contains("ERROR:  "));
     let (locked, other): (Vec<&str>, Vec<&str>) = errors.partition(|line| line.contains("due to lock timeout"));
     match !locked.is_empty() && other.is_empty() {
-        true => Amcheck::NotChecked(text),
+        true => {
+            Amcheck::NotChecked(format!("{} of its relations, which are locked; the others are clean", locked.len()))
+        }
         false => Amcheck::Corrupt(text),
     }
 }
