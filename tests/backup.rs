@@ -2,15 +2,19 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
+use pgrecall::archive::{ArchiveStatus, State, StoredStream};
 use pgrecall::backup::{
     BackupError, BackupReport, BackupSettings, Collaborators, Event, FullBackup, ServerSource, Source, SourceError,
     SourcePosition, SourceStart, SqlFacts, StoredWal,
 };
+use pgrecall::operations::backup::BackupJob;
 use pgrecall::pg::{Lsn, Major, SystemId, TimelineId, Timestamp};
 use pgrecall::replication::{BaseBackupOptions, ConnectConfig};
 use pgrecall::repository::backup_object::{Extent, FileEntry, FileKind, Table, TablePacks};
+use pgrecall::repository::identity::{self, Identity};
 use pgrecall::repository::pack::{FrameRef, PackRef, read_frame};
 use pgrecall::repository::store::StoreSettings;
 use pgrecall::repository::{Incarnation, Location, Repository, Store, catalogue, generation};
@@ -225,6 +229,50 @@ async fn a_standby_gives_backups_until_it_is_promoted_meanwhile() {
         assert!(error.is_retryable(), "{error}");
         assert!(place.is_empty().await);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_without_a_restartpoint_in_the_stored_wal_is_not_waited_for_for_ever() {
+    let primary = Cluster::start_new(NEWEST);
+    let standby = primary.standby();
+    let place = Place::new(&primary).await;
+    let mut session = session(&primary).await;
+    let segment_size = session.segment_size().await.expect("SHOW");
+    session.close().await;
+    let identity = Identity {
+        system_id: place.incarnation.system_id,
+        major: Major(NEWEST),
+        segment_size,
+        block_size: 8192,
+        opened_at: Timestamp(0),
+        reason: "first".into(),
+    };
+    identity::open_next(&place.repository, identity).await.expect("open");
+    // The standby's restartpoint is the one of its own making; what is stored begins here, and has no end.
+    primary.switch_wal();
+    let stored = StoredStream { timeline: TimelineId(1), start_lsn: primary.flush_lsn(), end_lsn: Lsn(1 << 29) };
+    let status = ArchiveStatus { state: State::Streaming, stored: Some(stored), ..ArchiveStatus::default() };
+    let (_sender, archive) = tokio::sync::watch::channel(status);
+    let lease = generation::Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "1".into() };
+    let hosts = [config(&standby).hosts, config(&primary).hosts].concat();
+    let job = BackupJob {
+        repository: place.repository.clone(),
+        generation: generation::take(&place.repository, &lease).await.expect("a generation"),
+        connect: ConnectConfig { hosts, ..config(&primary) },
+        archive,
+        settings: BackupSettings { scratch: place.folder.path().to_owned(), ..BackupSettings::default() },
+        from_standby: true,
+        standby_wait_max: Duration::from_secs(3),
+    };
+    let begun = Instant::now();
+    let report = job.run(Default::default(), CancellationToken::new()).await.expect("a backup");
+    assert!(!report.commit.from_standby && begun.elapsed() >= Duration::from_secs(3));
+    assert!(report.commit.start_lsn >= stored.start_lsn);
+
+    // With a checkpoint behind it, the standby is read.
+    standby.wait_replayed(primary.flush_lsn());
+    let report = job.run(Default::default(), CancellationToken::new()).await.expect("a backup");
+    assert!(report.commit.from_standby);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -54,6 +54,7 @@ impl World {
             archive: self.running.status.clone(),
             settings: BackupSettings::default(),
             from_standby: false,
+            standby_wait_max: pgrecall::operations::backup::STANDBY_WAIT_MAX,
         };
         let progress = watch::Sender::new(BackupProgress::default());
         job.run(progress, CancellationToken::new()).await.expect("a backup").commit.id.to_string()

@@ -17,7 +17,7 @@ use crate::archive::{self, ArchiveStatus, Archiver};
 use crate::backup::BackupSettings;
 use crate::config::Environment;
 use crate::error::{Code, Failure};
-use crate::operations::backup::BackupJob;
+use crate::operations::backup::{BackupJob, STANDBY_WAIT_MAX};
 use crate::repository::generation::{self, Lease};
 use crate::repository::{Generation, Repository};
 use crate::util::clock;
@@ -60,6 +60,7 @@ impl Body for EnvironmentBody {
             archive: archiving.status.clone(),
             settings: BackupSettings::default(),
             from_standby: self.environment.backup_from_standby,
+            standby_wait_max: STANDBY_WAIT_MAX,
         };
         let mut backups = Backups::new(job, context.snapshot.clone(), context.cancel.clone());
         let mut slots = std::pin::pin!(self.name_unowned_slots());

@@ -1,20 +1,25 @@
 //! A full backup of an environment whose WAL is being archived.
 //!
 //! The archiver says what is stored, the server sends its files and facts: the primary, or a standby where that is wished and
-//! one answers.
+//! one answers. A standby's backup starts at its last restartpoint; while that lies before the stored WAL, as it does when
+//! archiving has just begun, the next one is waited for, and after [`BackupJob::standby_wait_max`] the primary is read.
+
+use std::time::Duration;
 
 use async_trait::async_trait;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::archive::{ArchiveStatus, State};
 use crate::backup::{
-    BackupReport, BackupSettings, Collaborators, FullBackup, Progress, ServerSource, SqlFacts, StoredWal,
+    BackupError, BackupReport, BackupSettings, Collaborators, FullBackup, Progress, ServerSource, SqlFacts, StoredWal,
 };
 use crate::error::{Code, Failure};
 use crate::pg::{Lsn, TimelineId};
 use crate::replication::{BaseBackupOptions, ConnectConfig, Session};
 use crate::repository::{Generation, Repository, identity};
+use crate::util::retry::Backoff;
 
 /// How far past the stored end a backup may start: what is between is on its way.
 const ON_ITS_WAY_MAX: u64 = 1 << 30;
@@ -29,7 +34,16 @@ pub struct BackupJob {
     pub settings: BackupSettings,
     /// Spare the primary: read from a standby when one of the hosts is one.
     pub from_standby: bool,
+    /// How long a standby may need for a restartpoint in the stored WAL.
+    pub standby_wait_max: Duration,
 }
+
+/// A restartpoint follows a checkpoint of the primary, of which there is one every five minutes by default.
+pub const STANDBY_WAIT_MAX: Duration = Duration::from_secs(600);
+
+/// Each attempt makes a checkpoint and an intent.
+const STANDBY_PAUSE_MIN: Duration = Duration::from_secs(5);
+const STANDBY_PAUSE_MAX: Duration = Duration::from_secs(60);
 
 impl BackupJob {
     /// Takes the backup.
@@ -40,9 +54,41 @@ impl BackupJob {
         progress: watch::Sender<Progress>,
         cancel: CancellationToken,
     ) -> Result<BackupReport, Failure> {
+        let begun = Instant::now();
+        let mut pauses = Backoff::new(STANDBY_PAUSE_MIN, STANDBY_PAUSE_MAX);
+        let mut from_standby = self.from_standby;
+        loop {
+            let Attempt { of_standby, result } = self.attempt(from_standby, progress.clone(), cancel.clone()).await?;
+            let early = match result {
+                Err(error @ BackupError::StartNotStored { .. }) if of_standby => error,
+                result => return result.map_err(|error| error.to_failure()),
+            };
+            let left = self.standby_wait_max.saturating_sub(begun.elapsed());
+            if left.is_zero() {
+                tracing::info!(reason = %early, "the standby has no restartpoint in the stored WAL: the primary is read");
+                from_standby = false;
+                continue;
+            }
+            tracing::info!(reason = %early, left_s = left.as_secs(), "wait for a restartpoint of the standby");
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => return Err(BackupError::Cancelled.to_failure()),
+                () = tokio::time::sleep(pauses.delay().min(left)) => {}
+            }
+        }
+    }
+
+    /// One backup, of a standby or of the primary.
+    async fn attempt(
+        &self,
+        from_standby: bool,
+        progress: watch::Sender<Progress>,
+        cancel: CancellationToken,
+    ) -> Result<Attempt, Failure> {
         let known = identity::current(&self.repository).await?;
         let known = known.ok_or_else(|| not_archived("no WAL was archived yet"))?;
-        let (session, host_index) = self.server().await?;
+        let (session, host_index) = self.server(from_standby).await?;
+        let of_standby = session.in_hot_standby();
         let backup = FullBackup {
             repository: self.repository.clone(),
             incarnation: known.incarnation,
@@ -56,21 +102,21 @@ impl BackupJob {
         let wal = Stored(self.archive.clone());
         let facts = SqlFacts { config: self.connect.clone(), host_index };
         let with = Collaborators { source: &mut source, wal: &wal, facts: Some(&facts), progress, cancel };
-        backup.run(with).await.map_err(|error| error.to_failure())
+        Ok(Attempt { of_standby, result: backup.run(with).await })
     }
 
     /// A connection to the host that is read: the first of the wished kind, else, of standbys, the primary.
-    async fn server(&self) -> Result<(Session, usize), Failure> {
+    async fn server(&self, from_standby: bool) -> Result<(Session, usize), Failure> {
         let (mut last, mut primary) = (None, None);
         for index in 0..self.connect.hosts.len() {
             match Session::connect(&self.connect, index).await {
-                Ok(session) if session.in_hot_standby() == self.from_standby => {
+                Ok(session) if session.in_hot_standby() == from_standby => {
                     if let Some((primary, _)) = primary {
                         Session::close(primary).await;
                     }
                     return Ok((session, index));
                 }
-                Ok(session) if self.from_standby && primary.is_none() => primary = Some((session, index)),
+                Ok(session) if from_standby && primary.is_none() => primary = Some((session, index)),
                 Ok(session) => session.close().await,
                 Err(error) => last = Some(error),
             }
@@ -84,6 +130,12 @@ impl BackupJob {
             None => Failure::new(Code::Postgres, "take a backup: none of the hosts is a primary"),
         })
     }
+}
+
+/// What came of reading one server.
+struct Attempt {
+    of_standby: bool,
+    result: Result<BackupReport, BackupError>,
 }
 
 fn not_archived(why: &str) -> Failure {
