@@ -110,6 +110,17 @@ impl Stored {
         gather::plan(&self.repository, &self.known, &request).await.expect("a plan")
     }
 
+    /// Writes and stores so much WAL, and plans to just before the only row of `t`.
+    async fn plan_before_an_insert(&self, cluster: &Cluster, mib: u64) -> Plan {
+        write_wal(cluster, mib);
+        cluster.query("CREATE TABLE t (n int)");
+        let lsn = cluster.insert_lsn();
+        cluster.query("INSERT INTO t VALUES (1)");
+        let end_lsn = cluster.flush_lsn();
+        self.put_wal(cluster).await;
+        self.plan(1, lsn, end_lsn).await
+    }
+
     async fn restore(&self, plan: &Plan, into: &Path, no_start: bool) -> RestoreReport {
         let config = self.host.config_file().display().to_string();
         let program = places::pgrecall().display().to_string();
@@ -380,13 +391,7 @@ async fn damaged_wal_stops_a_recovery_instead_of_ending_it_early() {
     let cluster = keep_wal(Cluster::builder(NEWEST)).segment_mib(1).start();
     let stored = Stored::new(&cluster, 1).await;
     stored.put_backup(&cluster, None).await;
-    write_wal(&cluster, 80);
-    cluster.query("CREATE TABLE t (n int)");
-    let lsn = cluster.insert_lsn();
-    cluster.query("INSERT INTO t VALUES (1)");
-    let end_lsn = cluster.flush_lsn();
-    stored.put_wal(&cluster).await;
-    let plan = stored.plan(1, lsn, end_lsn).await;
+    let plan = stored.plan_before_an_insert(&cluster, 80).await;
     let data = stored.dir.join("data");
     stored.restore(&plan, &data, true).await;
     let broken = plan.wal.iter().filter(|s| !s.left).nth(wal::preload_end(&plan) + 3).expect("served by wal-get");
@@ -423,13 +428,7 @@ async fn a_large_restore_stays_within_its_memory() {
     cluster.pgbench(&["-i", "-q", "-s", scale]);
     let stored = Stored::new(&cluster, 16).await;
     stored.put_backup(&cluster, None).await;
-    write_wal(&cluster, 100);
-    cluster.query("CREATE TABLE t (n int)");
-    let lsn = cluster.insert_lsn();
-    cluster.query("INSERT INTO t VALUES (1)");
-    let end_lsn = cluster.flush_lsn();
-    stored.put_wal(&cluster).await;
-    let plan = stored.plan(1, lsn, end_lsn).await;
+    let plan = stored.plan_before_an_insert(&cluster, 100).await;
     let data = stored.dir.join("data");
 
     // From here on the peak is the restore's, above what this process holds already.

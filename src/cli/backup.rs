@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::progress::Progress;
-use super::{Context, interrupted};
+use super::{Context, EnvironmentArgument, interrupted};
 use crate::config::{Config, Environment};
 use crate::control::client::{Client, ClientError};
 use crate::control::protocol::BackupEvent;
@@ -24,14 +24,13 @@ const STREAMING_WAIT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// The environment, as the configuration names it
-    #[arg(value_name = "ENV")]
-    environment: String,
+    #[command(flatten)]
+    environment: EnvironmentArgument,
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
     let config = context.load_config()?;
-    let environment = config.environment(&arguments.environment)?;
+    let environment = arguments.environment.find(&config)?;
     let mut progress = Progress::new(context.output);
     let asked = tokio::select! {
         biased;

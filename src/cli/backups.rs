@@ -6,21 +6,20 @@ use chrono_tz::Tz;
 use clap::Args;
 
 use super::store_state::{self, StoreState};
-use super::{Context, times};
+use super::{Context, EnvironmentArgument, times};
 use crate::error::{Code, Failure};
 use crate::util::clock;
 use crate::util::units::show_bytes;
 
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// The environment, as the configuration names it
-    #[arg(value_name = "ENV")]
-    environment: String,
+    #[command(flatten)]
+    environment: EnvironmentArgument,
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
     let config = context.load_config()?;
-    let environment = config.environment(&arguments.environment)?;
+    let environment = arguments.environment.find(&config)?;
     let Some(state) = store_state::load(environment).await? else {
         return Err(Failure::new(
             Code::NotFound,

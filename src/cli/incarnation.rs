@@ -5,7 +5,7 @@
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::{Context, server};
+use super::{Context, EnvironmentArgument, server};
 use crate::error::{Code, Failure};
 use crate::repository::identity::{self, Identity};
 use crate::util::clock;
@@ -21,9 +21,8 @@ pub enum Verb {
 
 #[derive(Debug, Args)]
 pub struct Open {
-    /// The environment, as the configuration names it
-    #[arg(value_name = "ENV")]
-    environment: String,
+    #[command(flatten)]
+    environment: EnvironmentArgument,
     /// The environment's name once more
     #[arg(long, value_name = "ENV")]
     confirm: String,
@@ -39,12 +38,13 @@ struct Report {
 }
 
 pub async fn run(context: &Context, Verb::Open(arguments): Verb) -> Result<(), Failure> {
-    if arguments.confirm != arguments.environment {
-        let message = format!("open an incarnation of {}: --confirm names another environment", arguments.environment);
+    if arguments.confirm != arguments.environment.name {
+        let message =
+            format!("open an incarnation of {}: --confirm names another environment", arguments.environment.name);
         return Err(Failure::new(Code::Usage, message));
     }
     let config = context.load_config()?;
-    let environment = config.environment(&arguments.environment)?;
+    let environment = arguments.environment.find(&config)?;
     let repository = environment.open_repository().await?;
     let previous = identity::current(&repository).await?;
     let mut primary = server::primary(environment, &environment.connect()?).await?;

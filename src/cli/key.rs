@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::Context;
+use super::{Context, EnvironmentArgument};
 use crate::config::SecretRef;
 use crate::error::{Code, Failure};
 use crate::repository::Repository;
@@ -21,9 +21,8 @@ pub enum Verb {
 
 #[derive(Debug, Args)]
 pub struct Rotate {
-    /// The environment, as the configuration names it
-    #[arg(value_name = "ENV")]
-    environment: String,
+    #[command(flatten)]
+    environment: EnvironmentArgument,
     /// The file that holds the new key, as `openssl rand -hex 32` prints it
     #[arg(long, value_name = "FILE", required_unless_present = "new_key_env", conflicts_with = "new_key_env")]
     new_key_file: Option<PathBuf>,
@@ -43,7 +42,7 @@ struct Report {
 
 pub async fn run(context: &Context, Verb::Rotate(arguments): Verb) -> Result<(), Failure> {
     let config = context.load_config()?;
-    let environment = config.environment(&arguments.environment)?;
+    let environment = arguments.environment.find(&config)?;
     let not_encrypted = || {
         let message =
             format!("rotate the master key of {}: it has none, the environment is not encrypted", environment.name);

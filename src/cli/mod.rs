@@ -27,9 +27,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
-use crate::config::{self, Config};
+use crate::config::{self, Config, Environment};
 use crate::error::{Code, Failure};
 use crate::telemetry;
 use output::Output;
@@ -90,6 +90,20 @@ enum ConfigVerb {
 struct Context {
     config_path: PathBuf,
     output: Output,
+}
+
+// Without a doc comment, which would become the help of every verb that takes it.
+#[derive(Debug, Args)]
+struct EnvironmentArgument {
+    /// The environment, as the configuration names it
+    #[arg(value_name = "ENV")]
+    name: String,
+}
+
+impl EnvironmentArgument {
+    fn find<'c>(&self, config: &'c Config) -> Result<&'c Environment, Failure> {
+        config.environment(&self.name)
+    }
 }
 
 impl Context {

@@ -17,7 +17,7 @@ pub struct Arguments {
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
     let config = context.load_config()?;
-    let environment = config.environment(&arguments.target.environment)?;
+    let environment = arguments.target.environment.find(&config)?;
     let repository = environment.open_repository().await?;
     let mut planned = arguments.target.plan(environment, &repository).await?;
     arguments.places.measure(&mut planned.plan)?;

@@ -66,7 +66,7 @@ enum CheckArgument {
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
     let config = context.load_config()?;
-    let environment = config.environment(&arguments.target.environment)?;
+    let environment = arguments.target.environment.find(&config)?;
     if !arguments.dry_run {
         arguments.places.directory()?;
     }

@@ -5,7 +5,7 @@
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::Context;
+use super::{Context, EnvironmentArgument};
 use crate::error::{Code, Failure};
 use crate::replication::{ReplicationError, Session};
 
@@ -17,9 +17,8 @@ pub enum Verb {
 
 #[derive(Debug, Args)]
 pub struct Drop {
-    /// The environment, as the configuration names it
-    #[arg(value_name = "ENV")]
-    environment: String,
+    #[command(flatten)]
+    environment: EnvironmentArgument,
 }
 
 #[derive(Debug, Serialize)]
@@ -31,7 +30,7 @@ struct Report {
 
 pub async fn run(context: &Context, Verb::Drop(arguments): Verb) -> Result<(), Failure> {
     let config = context.load_config()?;
-    let environment = config.environment(&arguments.environment)?;
+    let environment = arguments.environment.find(&config)?;
     let connect = environment.connect()?;
     let slot = environment.postgres.as_ref().map(|postgres| postgres.slot.clone()).unwrap_or_default();
     let mut report = Report { slot, dropped_on: Vec::new(), missing_on: Vec::new() };

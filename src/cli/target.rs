@@ -3,7 +3,7 @@
 use clap::Args;
 use serde::Serialize;
 
-use super::times;
+use super::{EnvironmentArgument, times};
 use crate::config::Environment;
 use crate::error::{Code, Failure};
 use crate::instance::host::{Needs, SortedText, check};
@@ -21,9 +21,8 @@ use crate::wal::transactions::TransactionEnd;
 
 #[derive(Debug, Args)]
 pub struct TargetArguments {
-    /// The environment, as the configuration names it
-    #[arg(value_name = "ENV")]
-    pub environment: String,
+    #[command(flatten)]
+    pub environment: EnvironmentArgument,
     /// What to restore to: latest, a time with its zone ('2026-11-23 14:05:00+01:00', '2026-11-23T13:05Z',
     /// '2026-11-23 14:05 Europe/Berlin'), lsn:X/Y, xid:N, name:RESTORE_POINT, backup:ID
     #[arg(long, value_name = "TARGET", default_value = "latest")]

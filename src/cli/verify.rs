@@ -4,17 +4,16 @@ use std::fmt::Write as _;
 
 use clap::Args;
 
-use super::Context;
 use super::progress::Progress;
+use super::{Context, EnvironmentArgument};
 use crate::error::{Code, Failure};
 use crate::repository::inspect::{InspectSettings, Report, Severity, inspect};
 use crate::util::units::show_bytes;
 
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// The environment, as the configuration names it
-    #[arg(value_name = "ENV")]
-    environment: String,
+    #[command(flatten)]
+    environment: EnvironmentArgument,
     /// Read and hash the data too, of all objects or of about so many of a hundred
     #[arg(long, value_name = "PERCENT", num_args = 0..=1, require_equals = true, default_missing_value = "100",
           value_parser = clap::value_parser!(u8).range(1..=100))]
@@ -29,7 +28,7 @@ pub struct Arguments {
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
     let config = context.load_config()?;
-    let environment = config.environment(&arguments.environment)?;
+    let environment = arguments.environment.find(&config)?;
     let repository = environment.open_repository().await?;
     let settings = InspectSettings {
         read_percent: arguments.read_data.unwrap_or(0),

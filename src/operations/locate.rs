@@ -17,7 +17,7 @@ use crate::pg::{Lsn, SegmentNo, TimelineId};
 use crate::repository::backup_object::BackupCommit;
 use crate::repository::identity::{self, KnownIncarnation};
 use crate::repository::index;
-use crate::repository::{Key, Repository, RepositoryError, coverage};
+use crate::repository::{Key, Repository, RepositoryError, catalogue, coverage};
 use crate::restore::gather::{Gathered, PlanRequest};
 use crate::restore::{Plan, Stop};
 use crate::wal::transactions::{Row, SegmentIndex};
@@ -62,12 +62,7 @@ impl Archive {
         }
         let claims = load_claims(repository, known, &history).await?;
         let backups = gathered.backups.iter().map(backup_point).collect();
-        let gap = |g: &crate::repository::catalogue::Gap| Gap {
-            timeline: g.timeline,
-            start_lsn: g.start_lsn,
-            end_lsn: g.end_lsn,
-        };
-        let gaps = gathered.gaps.iter().map(gap).collect();
+        let gaps = gathered.gaps.iter().map(noted_gap).collect();
         Ok(Archive { repository: repository.clone(), gathered, history, stored, followed, backups, claims, gaps })
     }
 
@@ -99,7 +94,12 @@ async fn load_claims(
     Ok(claims)
 }
 
-fn backup_point(commit: &crate::repository::backup_object::BackupCommit) -> BackupPoint {
+fn noted_gap(found: &catalogue::Gap) -> Gap {
+    let catalogue::Gap { timeline, start_lsn, end_lsn, .. } = *found;
+    Gap { timeline, start_lsn, end_lsn }
+}
+
+fn backup_point(commit: &BackupCommit) -> BackupPoint {
     BackupPoint {
         id: commit.id.to_string(),
         timeline: commit.timeline,
