@@ -2,15 +2,17 @@
 
 use std::path::PathBuf;
 
+use pgrecall::archive::indexing::catch_up;
+use pgrecall::archive::uploader::Destination;
 use pgrecall::backup::{BackupSettings, Progress as BackupProgress};
 use pgrecall::error::Code;
 use pgrecall::lineage::moment::{Request, Target};
 use pgrecall::operations::backup::BackupJob;
 use pgrecall::operations::locate;
 use pgrecall::operations::restore::{Check, Observer, RestoreReport, RestoreRequest, execute};
-use pgrecall::pg::Timestamp;
+use pgrecall::pg::{TimelineId, Timestamp};
 use pgrecall::repository::generation::{self, Lease};
-use pgrecall::repository::{Repository, identity};
+use pgrecall::repository::{Repository, identity, index};
 use pgrecall::restore::recovery::Finish;
 use pgrecall::restore::target::TablespacePlaces;
 use tokio::sync::watch;
@@ -192,5 +194,60 @@ async fn every_kind_of_target_leads_to_its_moment() {
         let (copy, _) = world.restore(&target, exclusive, into).await;
         assert_eq!(count(&copy), expected, "{target} exclusive {exclusive}");
     }
+    world.running.stop().await;
+}
+
+/// Real WAL: records cross the borders of segments, and several transactions end in each.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_moment_is_the_same_whether_indexes_are_rolled_up_or_not() {
+    let world = World::new(crate::common::ledger::keep_wal(Cluster::builder(NEWEST)).segment_mib(1).start()).await;
+    let cluster = &world.cluster;
+    write(cluster, 10);
+    world.backup().await;
+    let mut targets = vec!["latest".to_owned(), "name:lunch".to_owned()];
+    for n in 0..60 {
+        let now = "to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') || 'Z'";
+        targets.push(cluster.query(&format!("SELECT {now}")));
+        for _ in 0..6 {
+            let xid = cluster.query("BEGIN; INSERT INTO t VALUES (1, 'x'); SELECT pg_current_xact_id(); COMMIT");
+            targets.push(format!("xid:{}", xid.trim()));
+        }
+        cluster.query("SELECT pg_logical_emit_message(false, 'x', repeat(md5(random()::text), 24000))");
+        if n == 40 {
+            cluster.query("SELECT pg_create_restore_point('lunch')");
+        }
+    }
+    world.running.wait_stored(cluster.flush_lsn()).await;
+    let known = identity::current(&world.repository).await.expect("identity").expect("one");
+    let (incarnation, segment_size) = (known.incarnation, known.identity.segment_size);
+    let archive = locate::Archive::load(&world.repository, &known).await.expect("loaded");
+    let find = async |target: &String| {
+        let mut found = Vec::new();
+        for exclusive in [false, true] {
+            let request = Request { target: target.parse::<Target>().expect("a target"), exclusive, timeline: None };
+            let before = world.repository.store().reads();
+            let moment = archive.moment(&request).await.map_err(|failure| failure.to_string());
+            found.push((moment, world.repository.store().reads() - before));
+        }
+        found
+    };
+    let mut whole = Vec::new();
+    for target in &targets {
+        whole.push(find(target).await);
+    }
+    let destination = Destination { repository: world.repository.clone(), incarnation, segment_size };
+    let before = segment_size.segment_of(cluster.flush_lsn());
+    catch_up(&destination, &known, TimelineId(1), before).await.expect("caught up");
+    let listed = index::list(&world.repository, incarnation, TimelineId(1), segment_size).await.expect("listed");
+    assert!(listed.rollups.len() >= 2, "{:?}", listed.rollups);
+    let mut reads = (0, 0);
+    for (target, whole) in targets.iter().zip(whole) {
+        for ((found, few), (expected, many)) in find(target).await.into_iter().zip(whole) {
+            assert_eq!(found, expected, "{target}");
+            assert!(found.is_ok(), "{target}: {found:?}");
+            reads = (reads.0 + few, reads.1 + many);
+        }
+    }
+    assert!(reads.0 * 2 < reads.1, "{reads:?}");
     world.running.stop().await;
 }

@@ -286,31 +286,44 @@ async fn run_amcheck(
         .args(["--port", &address.port.to_string(), "--username", &address.user, "--jobs", "2", "--database", database])
         .env("PGOPTIONS", format!("-c lock_timeout={}", lock_limit.as_millis()));
     let output = tokio::process::Command::from(command).kill_on_drop(true).output().await.context("run pg_amcheck")?;
-    let text = || {
-        let all = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
-        let text = String::from_utf8_lossy(&all);
-        text.trim().chars().take(TEXT_CHARS_MAX).collect()
-    };
+    let all = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
+    let text = String::from_utf8_lossy(&all);
     Ok(match output.status.code() {
         Some(0) => Amcheck::Clean,
-        Some(2) => judge_findings(text()),
-        _ => Amcheck::NotChecked(text()),
+        Some(2) => judge_findings(&text),
+        _ => Amcheck::NotChecked(shortened(&text)),
     })
 }
 
 /// More of `pg_amcheck`'s output says nothing new.
 const TEXT_CHARS_MAX: usize = 20_000;
 
-/// `pg_amcheck` reports a lock that it did not get like corruption; a relation that is locked was not checked.
-fn judge_findings(text: String) -> Amcheck {
-    let errors = text.lines().filter(|line| line.contains("ERROR:  "));
-    let (locked, other): (Vec<&str>, Vec<&str>) = errors.partition(|line| line.contains("due to lock timeout"));
-    match !locked.is_empty() && other.is_empty() {
-        true => {
-            Amcheck::NotChecked(format!("{} of its relations, which are locked; the others are clean", locked.len()))
+fn shortened(text: &str) -> String {
+    text.trim().chars().take(TEXT_CHARS_MAX).collect()
+}
+
+/// `pg_amcheck` reports a lock that it did not get like corruption; a relation that is locked was not checked. Each finding
+/// is a line that names the relation, and indented lines that say what is wrong; only an error is called one there.
+fn judge_findings(text: &str) -> Amcheck {
+    let mut findings: Vec<Vec<&str>> = Vec::new();
+    for line in text.lines().filter(|line| !line.trim().is_empty()) {
+        match findings.last_mut().filter(|_| line.starts_with(char::is_whitespace)) {
+            Some(finding) => finding.push(line),
+            None => findings.push(vec![line]),
         }
-        false => Amcheck::Corrupt(text),
     }
+    let is_locked = |finding: &Vec<&str>| {
+        let says = finding.get(1).copied().unwrap_or_default();
+        says.contains("ERROR:  ") && says.contains("due to lock timeout")
+    };
+    let (locked, other): (Vec<_>, Vec<_>) = findings.into_iter().partition(is_locked);
+    if other.is_empty() && !locked.is_empty() {
+        return Amcheck::NotChecked(format!(
+            "{} of its relations, which are locked; the others are clean",
+            locked.len()
+        ));
+    }
+    Amcheck::Corrupt(shortened(&other.concat().join("\n")))
 }
 
 #[cfg(test)]
@@ -319,10 +332,19 @@ mod tests {
 
     #[test]
     fn a_lock_that_was_not_got_is_no_corruption() {
-        let locked = "btree index \"p.public.t_pkey\":\n    ERROR:  canceling statement due to lock timeout\n";
-        assert!(matches!(judge_findings(locked.to_owned()), Amcheck::NotChecked(_)));
-        let both = format!("{locked}heap table \"p.public.t\":\n    ERROR:  invalid page in block 0\n");
-        assert!(matches!(judge_findings(both), Amcheck::Corrupt(_)));
-        assert!(matches!(judge_findings("heap table: tuple is bad".to_owned()), Amcheck::Corrupt(_)));
+        let locked = "btree index \"p.public.t_pkey\":\n    ERROR:  canceling statement due to lock timeout\n\
+                      heap table \"p.public.t\":\n    ERROR:  canceling statement due to lock timeout\n";
+        let said = Amcheck::NotChecked("2 of its relations, which are locked; the others are clean".to_owned());
+        assert_eq!(judge_findings(locked), said);
+        let error = "heap table \"p.public.u\":\n    ERROR:  invalid page in block 0\n";
+        let tuple =
+            "heap table \"p.public.u\", block 0, offset 1:\n    xmin 4 precedes relation freeze threshold 0:730\n";
+        for damage in [error, tuple] {
+            assert!(matches!(judge_findings(&format!("{locked}{damage}")), Amcheck::Corrupt(_)), "{damage}");
+            // However much comes before it.
+            let many = locked.repeat(1000) + damage;
+            assert_eq!(judge_findings(&many), Amcheck::Corrupt(damage.trim().to_owned()));
+        }
+        assert!(matches!(judge_findings(tuple), Amcheck::Corrupt(_)));
     }
 }
