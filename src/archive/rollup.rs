@@ -5,11 +5,16 @@
 
 use std::collections::BTreeSet;
 
+use futures::{StreamExt, TryStreamExt};
+
 use super::uploader::Destination;
 use crate::pg::{SegmentName, SegmentNo, TimelineId};
-use crate::repository::RepositoryError;
 use crate::repository::index::{self, ROLLUP_SIZES, StoredIndexes};
+use crate::repository::{Key, RepositoryError};
 use crate::wal::transactions::Row;
+
+/// Indexes that are read at the same time.
+const READS_MAX: usize = 8;
 
 /// Makes the roll-ups that are missing of runs that end below `before`. Returns how many.
 pub async fn roll_up(
@@ -50,15 +55,17 @@ async fn rows_of_indexes(
     first: SegmentNo,
     size: u64,
 ) -> Result<Option<Vec<Row>>, RepositoryError> {
-    let keys: Vec<_> = stored.segments.range(first..SegmentNo(first.0.saturating_add(size))).collect();
+    let run = first..SegmentNo(first.0.saturating_add(size));
+    let keys: Vec<Key> = stored.segments.range(run).map(|(_, key)| key.clone()).collect();
     if keys.len() < 2 {
         return Ok(None);
     }
-    let mut rows = Vec::new();
-    for (_, key) in keys {
-        rows.extend(index::read(&destination.repository, key).await?.map(|index| Row::of(&index)));
-    }
-    Ok(Some(rows))
+    let reads = futures::stream::iter(keys).map(|key| {
+        let repository = destination.repository.clone();
+        async move { index::read(&repository, &key).await }
+    });
+    let indexes: Vec<_> = reads.buffered(READS_MAX).try_collect().await?;
+    Ok(Some(indexes.iter().flatten().map(Row::of).collect()))
 }
 
 /// `None` when a smaller one is damaged.

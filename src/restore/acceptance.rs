@@ -306,7 +306,8 @@ fn shortened(text: &str) -> String {
 /// is a line that names the relation, and indented lines that say what is wrong; only an error is called one there.
 fn judge_findings(text: &str) -> Amcheck {
     let mut findings: Vec<Vec<&str>> = Vec::new();
-    for line in text.lines().filter(|line| !line.trim().is_empty()) {
+    let is_remark = |line: &str| line.trim().is_empty() || line.starts_with("pg_amcheck: warning:");
+    for line in text.lines().filter(|line| !is_remark(line)) {
         match findings.last_mut().filter(|_| line.starts_with(char::is_whitespace)) {
             Some(finding) => finding.push(line),
             None => findings.push(vec![line]),
@@ -336,6 +337,7 @@ mod tests {
                       heap table \"p.public.t\":\n    ERROR:  canceling statement due to lock timeout\n";
         let said = Amcheck::NotChecked("2 of its relations, which are locked; the others are clean".to_owned());
         assert_eq!(judge_findings(locked), said);
+        assert_eq!(judge_findings(&format!("{locked}pg_amcheck: warning: something else\n")), said);
         let error = "heap table \"p.public.u\":\n    ERROR:  invalid page in block 0\n";
         let tuple =
             "heap table \"p.public.u\", block 0, offset 1:\n    xmin 4 precedes relation freeze threshold 0:730\n";
