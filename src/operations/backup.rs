@@ -146,15 +146,21 @@ fn not_archived(why: &str) -> Failure {
 /// What the archiver has stored, as a backup asks for it.
 struct Stored(watch::Receiver<ArchiveStatus>);
 
+fn near(end_lsn: Lsn, lsn: Lsn) -> bool {
+    lsn <= end_lsn.saturating_add(ON_ITS_WAY_MAX)
+}
+
 #[async_trait]
 impl StoredWal for Stored {
     async fn covers(&self, timeline: TimelineId, lsn: Lsn) -> anyhow::Result<bool> {
         let mut archive = self.0.clone();
-        let streaming = |s: &ArchiveStatus| s.stored.is_some() && !matches!(s.state, State::Starting);
-        let status = archive.wait_for(streaming).await?.clone();
-        let Some(stored) = status.stored else { return Ok(false) };
-        let ends = stored.end_lsn.saturating_add(ON_ITS_WAY_MAX);
-        Ok(stored.timeline == timeline && stored.start_lsn <= lsn && lsn <= ends)
+        // An archiver that has much to catch up with, for example on its first day, may need a while.
+        let decided = |s: &ArchiveStatus| {
+            matches!(s.state, State::Conflict(_) | State::Stopped)
+                || s.stored.is_some_and(|w| w.timeline != timeline || w.start_lsn > lsn || near(w.end_lsn, lsn))
+        };
+        let status = archive.wait_for(decided).await?.clone();
+        Ok(status.stored.is_some_and(|w| w.timeline == timeline && w.start_lsn <= lsn && near(w.end_lsn, lsn)))
     }
 
     async fn wait_stored(&self, timeline: TimelineId, start_lsn: Lsn, stop_lsn: Lsn) -> anyhow::Result<()> {
@@ -173,5 +179,34 @@ impl StoredWal for Stored {
             status.state
         );
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::archive::status::StoredStream;
+
+    fn stored_to(status: &mut ArchiveStatus, end_lsn: Lsn) {
+        status.state = State::Streaming;
+        status.stored = Some(StoredStream { timeline: TimelineId(1), start_lsn: Lsn(1 << 24), end_lsn });
+    }
+
+    #[tokio::test]
+    async fn a_backup_waits_while_the_archive_catches_up_and_is_refused_before_its_start() {
+        let start = Lsn(3 << 30);
+        let (status, receiver) = watch::channel(ArchiveStatus::default());
+        let wal = Stored(receiver);
+        let asked = wal.covers(TimelineId(1), start);
+        tokio::pin!(asked);
+        for end_lsn in [Lsn(1 << 24), Lsn(1 << 30)] {
+            status.send_modify(|s| stored_to(s, end_lsn));
+            assert!(futures::poll!(&mut asked).is_pending(), "{end_lsn}");
+        }
+        status.send_modify(|s| stored_to(s, Lsn(2 << 30)));
+        assert!(asked.await.expect("an archive"));
+        assert!(!wal.covers(TimelineId(1), Lsn(1 << 20)).await.expect("an archive"), "before the stored WAL");
+        status.send_modify(|s| s.state = State::Stopped);
+        assert!(!wal.covers(TimelineId(1), Lsn(9 << 30)).await.expect("an archive"), "nobody stores it");
     }
 }
