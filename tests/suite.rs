@@ -30,6 +30,7 @@ mod reader;
 mod recovery;
 mod replication;
 mod restore;
+mod resuming;
 mod server_questions;
 mod store_faults;
 mod wal_oracle;

@@ -44,6 +44,23 @@ pub struct Archiver {
     pub status: watch::Sender<ArchiveStatus>,
 }
 
+/// What one attempt leaves for the next.
+#[derive(Default)]
+struct Memory {
+    connections: u32,
+    /// At this position the server had nothing before it that could be compared.
+    incomparable: Option<(TimelineId, Lsn)>,
+}
+
+impl Memory {
+    fn comparable(&self, resume: Resume, size: SegmentSize) -> Resume {
+        match self.incomparable == Some((resume.timeline, resume.stored_lsn)) {
+            true => resume.without_comparison(size),
+            false => resume,
+        }
+    }
+}
+
 /// A server that was chosen, with an idle connection to it.
 struct Server {
     session: Session,
@@ -74,9 +91,9 @@ impl Archiver {
 
     async fn archive(&self, cancel: &CancellationToken) {
         let mut backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(10));
-        let mut connections = 0;
+        let mut memory = Memory::default();
         while !cancel.is_cancelled() {
-            match self.attempt(&mut connections, cancel).await {
+            match self.attempt(&mut memory, cancel).await {
                 Ok(Attempt::Stop) => break,
                 Ok(Attempt::Next) => {
                     backoff.reset();
@@ -114,7 +131,7 @@ impl Archiver {
         })
     }
 
-    async fn attempt(&self, connections: &mut u32, cancel: &CancellationToken) -> anyhow::Result<Attempt> {
+    async fn attempt(&self, memory: &mut Memory, cancel: &CancellationToken) -> anyhow::Result<Attempt> {
         let known = identity::current(&self.repository).await.context("read the repository's identity")?;
         let mut server = match self.choose_server().await? {
             Ok(server) => server,
@@ -139,10 +156,10 @@ impl Archiver {
         let destination = Destination { repository, incarnation, segment_size };
         let position = self.server_position(&mut server, &destination).await?;
         let resume = match self.where_to_go_on(&mut server, &destination, &position).await? {
-            Ok(resume) => resume,
+            Ok(resume) => memory.comparable(resume, segment_size),
             Err(conflict) => return Ok(Attempt::Again(State::Conflict(conflict.to_string()))),
         };
-        self.stream(server, destination, resume, connections, cancel).await
+        self.stream(server, destination, resume, memory, cancel).await
     }
 
     /// The primary on the highest timeline; two primaries are a conflict, and a standby is never followed.
@@ -248,18 +265,18 @@ impl Archiver {
         server: Server,
         destination: Destination,
         resume: Resume,
-        connections: &mut u32,
+        memory: &mut Memory,
         cancel: &CancellationToken,
     ) -> anyhow::Result<Attempt> {
         let Server { session, host_index, name, .. } = server;
-        *connections += 1;
+        memory.connections += 1;
         let backend_pid = session.backend_pid();
-        slot::record(self, *connections, host_index, backend_pid).await.context("record the connection")?;
+        slot::record(self, memory.connections, host_index, backend_pid).await.context("record the connection")?;
         let (timeline, start_lsn) = (resume.timeline, resume.start_lsn);
         let from = StartReplication { slot: Some(self.settings.slot.clone()), start_lsn, timeline };
         let stream = match session.start_replication(&from).await {
             Ok(stream) => stream,
-            Err(error) => return self.refused(error, &destination, &resume, host_index).await,
+            Err(error) => return self.refused(error, memory, &destination, &resume, host_index).await,
         };
         tracing::info!(server = name, %timeline, lsn = %start_lsn, "streaming");
         let (trouble, troubles) = watch::channel(None);
@@ -291,7 +308,7 @@ impl Archiver {
         match ended {
             // Before 18 the server takes the request, and says only then that it has the WAL no more.
             Ended::Lost(error @ (ReplicationError::SegmentRemoved(_) | ReplicationError::SlotInvalidated(_))) => {
-                self.refused(error, &destination, &resume, host_index).await
+                self.refused(error, memory, &destination, &resume, host_index).await
             }
             ended => self.after(ended, &destination, timeline).await,
         }
@@ -315,6 +332,7 @@ impl Archiver {
     async fn refused(
         &self,
         error: ReplicationError,
+        memory: &mut Memory,
         destination: &Destination,
         resume: &Resume,
         host_index: usize,
@@ -326,6 +344,12 @@ impl Archiver {
                     None => None,
                 };
                 Ok(Attempt::Again(State::Waiting(holder.unwrap_or_else(|| message.to_string()))))
+            }
+            ReplicationError::SegmentRemoved(_) if resume.asks_for_comparison(destination.segment_size) => {
+                let (timeline, lsn) = (resume.timeline, resume.stored_lsn);
+                tracing::warn!(%timeline, %lsn, "the server has the WAL before this no more: it is not compared");
+                memory.incomparable = Some((timeline, lsn));
+                Ok(Attempt::Next)
             }
             ReplicationError::SegmentRemoved(_) | ReplicationError::SlotInvalidated(_) => {
                 self.record_gap(destination, resume, host_index, &error.to_string()).await

@@ -5,6 +5,10 @@
 //! prefix unless it is a recorded gap: stored bytes outweigh a gap, a gap outweighs nothing. A hole may also lie before the
 //! first stored byte: PUTs end out of order, so a timeline is looked at from where its stream must have begun.
 //!
+//! What the server sends again is compared with what is stored. Where little or nothing of the unit is stored, the stored
+//! unit before it is asked for too: else a server that was set back, and has come to this position again with other content,
+//! would be followed.
+//!
 //! Invariants: `start_lsn` begins a unit and `start_lsn ≤ first byte that is not stored`; `reported` is on the server's
 //! history and `reported ≤` stored end.
 
@@ -13,6 +17,9 @@ use crate::pg::timeline::HistoryFile;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::repository::catalogue::{Gap, WalListing};
 use crate::repository::layout::WalRange;
+
+/// Less stored content than this may be the same in two pasts: a page header and what a server writes by itself.
+const COMPARED_BYTES_MIN: u64 = 64 << 10;
 
 /// What the server says of itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +56,22 @@ pub struct Resume {
     pub contiguous_from: Lsn,
     /// Ranges at or after `start_lsn`: what arrives must have the same content.
     pub known: Vec<WalRange>,
+}
+
+impl Resume {
+    /// Whether more is asked for than is lacking, only to be compared.
+    pub fn asks_for_comparison(&self, size: SegmentSize) -> bool {
+        self.start_lsn < unit_start(self.stored_lsn, size)
+    }
+
+    /// The same without the unit before, for a server that has it no more.
+    #[must_use]
+    pub fn without_comparison(mut self, size: SegmentSize) -> Resume {
+        self.start_lsn = self.start_lsn.max(unit_start(self.stored_lsn, size));
+        self.reported_lsn = self.reported_lsn.max(self.start_lsn);
+        self.known.retain(|range| range.end_lsn(size) > self.start_lsn);
+        self
+    }
 }
 
 /// Why archiving must not go on by itself.
@@ -123,14 +146,28 @@ pub fn plan(
         let (timeline, flush) = (step.timeline, position.flush_lsn);
         return Err(Conflict::ServerBehind { timeline, flush, stored: stored_end });
     }
-    let unit = unit_bytes(size);
-    let start_lsn = Lsn(stored_lsn.0 / unit * unit);
+    let start_lsn = compared_from(contiguous_from, stored_lsn, size);
     // What lies past the switch point is a diverged tail: this server never sends it.
     let sent = |r: &&WalRange| step.switch_lsn.is_none_or(|switch| r.end_lsn(size) <= switch);
     let known = ranges().filter(|r| r.end_lsn(size) > start_lsn).filter(sent).cloned().collect();
     // What is stored of the unit itself counts only when the server has sent the same bytes again.
     let reported_lsn = start_lsn.max(step.begin_lsn.min(stored_lsn));
     Ok(Some(Resume { timeline: step.timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known }))
+}
+
+fn unit_start(lsn: Lsn, size: SegmentSize) -> Lsn {
+    let unit = unit_bytes(size);
+    Lsn(lsn.0 / unit * unit)
+}
+
+/// The start of the unit that holds `stored_lsn`, or of the one before when that is stored and this one says little.
+fn compared_from(contiguous_from: Lsn, stored_lsn: Lsn, size: SegmentSize) -> Lsn {
+    let start = unit_start(stored_lsn, size);
+    let before = start.0.checked_sub(unit_bytes(size)).map(Lsn).filter(|before| *before >= contiguous_from);
+    match before {
+        Some(before) if stored_lsn.0 - start.0 < COMPARED_BYTES_MIN => before,
+        _ => start,
+    }
 }
 
 /// The timeline to go on with at `switch`; one that was left where it began has no WAL.
@@ -239,17 +276,36 @@ mod tests {
     #[test]
     fn within_a_segment_the_whole_of_it_is_asked_for_again() {
         let resume =
-            go_on(&server(1, 3 * SEG, &[]), &[range(1, 1, 0, SEG), range(1, 2, 0, 100), range(1, 2, 100, 300)]);
-        assert_eq!((resume.start_lsn, resume.stored_lsn), (Lsn(2 * SEG), Lsn(2 * SEG + 300)));
+            go_on(&server(1, 3 * SEG, &[]), &[range(1, 1, 0, SEG), range(1, 2, 0, 100), range(1, 2, 100, 1 << 20)]);
+        assert_eq!((resume.start_lsn, resume.stored_lsn), (Lsn(2 * SEG), Lsn(2 * SEG + (1 << 20))));
         assert_eq!((resume.reported_lsn, resume.known.len()), (Lsn(2 * SEG), 2));
         assert_eq!(resume.contiguous_from, Lsn(SEG));
+        assert!(!resume.asks_for_comparison(SIZE));
+    }
+
+    #[test]
+    fn at_a_border_the_stored_unit_before_is_asked_for_again() {
+        for little in [0, 300] {
+            let mut ranges = vec![range(1, 1, 0, SEG), range(1, 2, 0, 4000), range(1, 2, 4000, SEG)];
+            ranges.extend((little > 0).then(|| range(1, 3, 0, little)));
+            let resume = go_on(&server(1, 3 * SEG + little, &[]), &ranges);
+            assert_eq!((resume.start_lsn, resume.reported_lsn), (Lsn(2 * SEG), Lsn(2 * SEG)));
+            assert_eq!((resume.stored_lsn, resume.known.len()), (Lsn(3 * SEG + little), ranges.len() - 1));
+            assert!(resume.asks_for_comparison(SIZE));
+            let alone = resume.without_comparison(SIZE);
+            assert_eq!((alone.start_lsn, alone.reported_lsn), (Lsn(3 * SEG), Lsn(3 * SEG)));
+            assert_eq!((alone.stored_lsn, alone.known.len()), (Lsn(3 * SEG + little), ranges.len() - 3));
+            assert!(!alone.asks_for_comparison(SIZE));
+        }
+        // What is not stored cannot be compared.
+        assert_eq!(go_on(&server(1, 3 * SEG, &[]), &[range(1, 2, 500, SEG)]).start_lsn, Lsn(3 * SEG));
     }
 
     #[test]
     fn the_first_hole_ends_the_prefix_unless_it_is_a_recorded_gap() {
         let ranges = [range(1, 1, 0, SEG), range(1, 3, 0, SEG)];
         let resume = go_on(&server(1, 9 * SEG, &[]), &ranges);
-        assert_eq!((resume.start_lsn, resume.known.len()), (Lsn(2 * SEG), 1));
+        assert_eq!((resume.start_lsn, resume.stored_lsn, resume.known.len()), (Lsn(SEG), Lsn(2 * SEG), 2));
         let gap = Gap {
             timeline: TimelineId(1),
             start_lsn: Lsn(2 * SEG),
@@ -274,7 +330,8 @@ mod tests {
         let fork = 4 * SEG + 500;
         let resume =
             go_on(&server(3, fork + 10, &[(1, SEG + 7), (2, fork)]), &[range(2, 1, 0, SEG), range(2, 2, 0, 50)]);
-        assert_eq!((resume.timeline, resume.start_lsn), (TimelineId(2), Lsn(2 * SEG)));
+        assert_eq!((resume.timeline, resume.start_lsn), (TimelineId(2), Lsn(SEG)));
+        assert_eq!(resume.stored_lsn, Lsn(2 * SEG + 50));
     }
 
     #[test]
@@ -303,7 +360,9 @@ mod tests {
         let fork = 2 * SEG + 500;
         let ranges = [range(1, 1, 0, SEG), range(1, 2, 400, 900)];
         let resume = go_on(&server(2, fork + 10, &[(1, fork)]), &ranges);
-        assert_eq!((resume.timeline, resume.start_lsn, resume.known), (TimelineId(1), Lsn(2 * SEG), vec![]));
+        let known = [range(1, 1, 0, SEG)];
+        assert_eq!((resume.timeline, resume.start_lsn), (TimelineId(1), Lsn(SEG)));
+        assert_eq!((resume.stored_lsn, &resume.known[..]), (Lsn(2 * SEG), &known[..]));
     }
 
     #[test]

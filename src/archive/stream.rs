@@ -159,7 +159,7 @@ impl<'a> Stream<'a> {
                 let out_of_order = |e: super::assembler::OutOfOrder| ReplicationError::Protocol(e.to_string());
                 let units = self.assembler.push(start_lsn, &bytes).map_err(|e| Ended::Lost(out_of_order(e)))?;
                 self.context.observer.server_time(server_time);
-                self.compare_known(&units).map_err(Ended::Conflict)?;
+                self.compare_known(&units).await?;
                 self.waiting.extend(units);
                 if self.assembler.received() > self.taken_up {
                     self.pacing.arrived(Instant::now());
@@ -183,10 +183,10 @@ impl<'a> Stream<'a> {
     }
 
     /// Compares what is stored already with what has arrived now; equal bytes count as stored.
-    fn compare_known(&mut self, complete: &[Unit]) -> Result<(), Conflict> {
+    async fn compare_known(&mut self, complete: &[Unit]) -> Result<(), Ended> {
         let size = self.uploader.destination().segment_size;
         let codec = self.uploader.destination().repository.codec().clone();
-        while let Some(range) = self.known.front() {
+        while let Some(range) = self.known.front().cloned() {
             let (start, end) = (range.start_lsn(size), range.end_lsn(size));
             if end > self.assembler.received() {
                 break;
@@ -194,8 +194,12 @@ impl<'a> Stream<'a> {
             let held =
                 complete.iter().find_map(|unit| slice(unit, start, end)).or_else(|| self.assembler.copy(start, end));
             if let Some(bytes) = held {
-                if ContentHash::of(&codec.digest(&bytes)) != range.hash {
-                    return Err(Conflict::OtherContent { timeline: range.timeline, start, end });
+                let codec = codec.clone();
+                let digest = tokio::task::spawn_blocking(move || codec.digest(&bytes)).await;
+                let failed =
+                    |_| Ended::Lost(ReplicationError::Protocol("a comparison of ours ended unexpectedly".into()));
+                if ContentHash::of(&digest.map_err(failed)?) != range.hash {
+                    return Err(Ended::Conflict(Conflict::OtherContent { timeline: range.timeline, start, end }));
                 }
                 self.progress.mark_stored(start, end);
                 self.taken_up = self.taken_up.max(self.progress.reported());
