@@ -31,7 +31,6 @@ const LOCK_FILE: &str = "lock";
 const FETCHES_AT_ONCE: usize = 4;
 /// How often the prefetcher looks at what was consumed.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
-const LOCK_ATTEMPTS: u32 = 50;
 /// After a failure, the prefetcher waits so long: `wal-get` fetches by itself meanwhile and reports what is wrong.
 const FAILURE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -128,7 +127,7 @@ impl Spool {
         SegmentNo(text.trim().parse().unwrap_or(0))
     }
 
-    /// Held by the prefetcher while it runs; `None` when somebody else holds it.
+    /// Held by whoever fetches into the spool, while it does; `None` when somebody else holds it.
     pub fn lock(&self) -> io::Result<Option<File>> {
         let path = self.directory.join(LOCK_FILE);
         let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(path)?;
@@ -160,7 +159,7 @@ impl Prefetcher {
     /// Cancel safety: dropping this future loses nothing but the fetches in flight.
     pub async fn run(self, cancel: CancellationToken) -> io::Result<()> {
         self.spool.create()?;
-        let Some(_lock) = self.lock().await? else { return Ok(()) };
+        let Some(_lock) = self.lock(&cancel).await? else { return Ok(()) };
         let ahead_max = wal::preload_segments(self.size);
         let mut next = 0;
         let mut running = FuturesUnordered::new();
@@ -193,15 +192,14 @@ impl Prefetcher {
         }
     }
 
-    /// `wal-get` tries the lock for an instant to see whether somebody prefetches.
-    async fn lock(&self) -> io::Result<Option<File>> {
-        for _ in 0..LOCK_ATTEMPTS {
+    /// `wal-get` tries the lock for an instant to see whether somebody prefetches, and holds it while it reads ahead.
+    async fn lock(&self, cancel: &CancellationToken) -> io::Result<Option<File>> {
+        while !cancel.is_cancelled() {
             if let Some(lock) = self.spool.lock()? {
                 return Ok(Some(lock));
             }
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
-        tracing::warn!("another process prefetches WAL for this directory");
         Ok(None)
     }
 

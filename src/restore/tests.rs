@@ -292,6 +292,10 @@ async fn the_prefetcher_brings_what_wal_get_takes() {
     let restored = world.restore(&plan, "data").await.expect("restore");
     let fetcher = wal::SegmentFetcher::new(&world.repository, world.known.incarnation, segment_size());
     let prefetcher = spool::Prefetcher::new(fetcher, &plan, &restored.target.folder());
+    // Until this is dropped somebody else reads ahead.
+    let spool = spool::Spool::of(&restored.target.folder());
+    spool.create().expect("create");
+    let mut other = Some(spool.lock().expect("lock").expect("free"));
     let cancel = tokio_util::sync::CancellationToken::new();
     let running = tokio::spawn(prefetcher.run(cancel.clone()));
     let destination = world.path("data/pg_wal/RECOVERYXLOG");
@@ -302,7 +306,11 @@ async fn the_prefetcher_brings_what_wal_get_takes() {
         let answer = wal_get::answer(&request, || async { Ok(repository) }).await;
         assert!(matches!(answer, Answer::Served), "{answer:?}");
         assert!(std::fs::read(&destination).expect("there") == World::segment_content(segment), "{segment}");
+        if segment > 75 {
+            other = None;
+        }
     }
+    drop(other);
     tokio::time::timeout(std::time::Duration::from_secs(20), running)
         .await
         .expect("ends")

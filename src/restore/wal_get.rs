@@ -104,13 +104,14 @@ where
     let repository = open().await?;
     let incarnation: Incarnation = state.incarnation.parse()?;
     let fetcher = SegmentFetcher::new(&repository, incarnation, state.segment_size);
-    let ahead = match spool.lock()? {
-        Some(_free) => planned.collect(),
-        None => Vec::new(),
-    };
-    let (fetched, ()) =
-        tokio::join!(fetcher.fetch(&wanted, &request.destination), read_ahead(&fetcher, &spool, &state, ahead));
+    // Held while reading ahead: two that write one file of the spool would give it its name half written.
+    let free = spool.lock()?;
+    let ahead = if free.is_some() { planned.collect() } else { Vec::new() };
+    // A request that PostgreSQL gave up may still run: each has a file of its own.
+    let own = spool.segment(&format!("{name}.{}", std::process::id()));
+    let (fetched, ()) = tokio::join!(fetcher.fetch(&wanted, &own), read_ahead(&fetcher, &spool, &state, ahead));
     fetched?;
+    durable_fs::rename_unsynced(&own, &request.destination)?;
     Ok(Answer::Served)
 }
 
