@@ -268,6 +268,78 @@ async fn removed_wal_becomes_a_recorded_gap(major: u16) {
     assert!(gaps[0].start_lsn < gaps[0].end_lsn);
 }
 
+/// The primary removed what was not stored; its standby has it still.
+#[tokio::test(flavor = "multi_thread")]
+async fn wal_that_the_primary_removed_comes_from_a_standby() {
+    let mut primary = Cluster::builder(NEWEST).start();
+    let mut standby = primary.standby();
+    standby.set("wal_keep_size", "4GB");
+    standby.restart();
+    for (name, value) in [("max_slot_wal_keep_size", "1MB"), ("min_wal_size", "32MB"), ("max_wal_size", "32MB")] {
+        primary.set(name, value);
+    }
+    primary.reload();
+    let dir = Directory::new("archive");
+    let repository = repository(dir.path()).await;
+    let mut connect = config(&primary);
+    connect.hosts.extend(config(&standby).hosts);
+    let running = Running::start_with(&repository, connect.clone(), Settings::default()).await;
+    let end = write(&primary, 1_000);
+    running.wait_stored(end).await;
+    running.stop().await;
+    wait::until("the slot is invalidated", 60, || {
+        primary.switch_wal();
+        standby.wait_replayed(write(&primary, 20_000));
+        primary.query("CHECKPOINT");
+        primary.query("SELECT wal_status FROM pg_replication_slots WHERE slot_name = 'pgrecall'") == "lost"
+    });
+    let running = Running::start_with(&repository, connect, Settings::default()).await;
+    let end = write(&primary, 100);
+    let status = running.wait_stored(end).await;
+    assert_eq!(status.gaps_found, 0);
+    running.stop().await;
+    let known = identity::current(&repository).await.expect("identity").expect("one");
+    assert!(catalogue::list_gaps(&repository, known.incarnation).await.expect("list").is_empty());
+    let segments = stored(&repository, 1).await;
+    let numbers: Vec<u64> = segments.keys().map(|s| s.0).collect();
+    assert!(numbers.windows(2).all(|w| w[1] == w[0] + 1), "no segment is missing: {numbers:?}");
+    let compared = assert_equal_to_server(&standby, 1, &segments);
+    assert!(compared > 1 << 24, "only {compared} bytes compared");
+}
+
+/// An old primary that came back after a fail-over must neither be followed nor keep the new one from being archived.
+#[tokio::test(flavor = "multi_thread")]
+async fn of_two_primaries_the_one_on_the_higher_timeline_is_followed_with_an_alarm() {
+    let dir = Directory::new("archive");
+    let repository = repository(dir.path()).await;
+    let old = keep(NEWEST);
+    let new = old.standby();
+    let mut connect = config(&old);
+    connect.hosts.extend(config(&new).hosts);
+    let running = Running::start_with(&repository, connect.clone(), Settings::default()).await;
+    let end = write(&old, 1_000);
+    let status = running.wait_stored(end).await;
+    assert_eq!(status.alarm, None);
+    assert!(status.server_lsn >= end && status.exposure.p99_ms.is_some(), "{status:?}");
+    running.stop().await;
+    new.wait_replayed(end);
+    new.promote();
+    write(&old, 1_000);
+    let before = stored(&repository, 1).await;
+    let running = Running::start_with(&repository, connect, Settings::default()).await;
+    let end = write(&new, 1_000);
+    let on_two = |s: &ArchiveStatus| s.stored.is_some_and(|s| s.timeline == TimelineId(2) && s.end_lsn >= end);
+    let status = running.wait("the new primary stored", on_two).await;
+    let alarm = status.alarm.expect("an alarm");
+    assert!(alarm.contains("on timeline 1") && alarm.contains("on timeline 2"), "{alarm}");
+    running.stop().await;
+    assert_equal_to_server(&new, 2, &stored(&repository, 2).await);
+    let after = stored(&repository, 1).await;
+    let reached = |s: &BTreeMap<SegmentNo, Vec<u8>>| s.values().map(Vec::len).sum::<usize>();
+    assert!(reached(&after) >= reached(&before));
+    assert!(assert_equal_to_server(&new, 1, &after) > 0, "nothing of the old primary's later WAL");
+}
+
 /// What a provider's snapshot of the server's disk does.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_set_back_by_a_snapshot_is_a_conflict_and_stores_nothing() {

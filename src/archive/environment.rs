@@ -12,8 +12,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::housekeeping;
 use super::indexing;
+use super::missing;
 use super::observer::{Asking, Observer};
 use super::resume::{self, Conflict, Resume, ServerPosition};
+use super::servers::{self, Server};
 use super::settings::Settings;
 use super::slot;
 use super::status::{ArchiveStatus, State};
@@ -24,9 +26,9 @@ use crate::pg::timeline::HistoryFile;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::replication::session::SystemIdentity;
 use crate::replication::{ConnectConfig, ReplicationError, Session, Sql, StartReplication};
-use crate::repository::catalogue::{self, Gap};
+use crate::repository::catalogue;
 use crate::repository::codec::Kind;
-use crate::repository::identity::{self, Identity};
+use crate::repository::identity::{self, Identity, KnownIncarnation};
 use crate::repository::layout::ContentHash;
 use crate::repository::{Generation, Key, Repository};
 use crate::util::clock;
@@ -34,6 +36,9 @@ use crate::util::retry::Backoff;
 
 /// How long the index of the last segments may take after a stream; what is not stored then is made later.
 const INDEXING_PATIENCE: Duration = Duration::from_secs(5);
+
+/// How long a conflict is left alone while no incarnation is opened.
+const CONFLICT_PAUSE: Duration = Duration::from_secs(20);
 
 /// Everything that an archiver needs.
 pub struct Archiver {
@@ -48,6 +53,8 @@ pub struct Archiver {
 #[derive(Default)]
 struct Memory {
     connections: u32,
+    /// Somebody else held the slot at the last attempt.
+    slot_in_use: bool,
     /// At this position the server had nothing before it that could be compared.
     incomparable: Option<(TimelineId, Lsn)>,
 }
@@ -59,14 +66,6 @@ impl Memory {
             false => resume,
         }
     }
-}
-
-/// A server that was chosen, with an idle connection to it.
-struct Server {
-    session: Session,
-    host_index: usize,
-    name: String,
-    identity: SystemIdentity,
 }
 
 /// What one attempt came to.
@@ -115,7 +114,24 @@ impl Archiver {
         }
         tokio::select! {
             () = cancel.cancelled() => {}
-            () = tokio::time::sleep(backoff.delay()) => {}
+            () = self.until_worth_an_attempt(&state, backoff) => {}
+        }
+    }
+
+    /// An attempt lists all WAL. A conflict ends when somebody mends the configuration or opens an incarnation, and only the
+    /// latter must be noticed soon.
+    async fn until_worth_an_attempt(&self, state: &State, backoff: &mut Backoff) {
+        tokio::time::sleep(backoff.delay()).await;
+        if !matches!(state, State::Conflict(_)) {
+            return;
+        }
+        let before = identity::current(&self.repository).await.ok().flatten();
+        let begun = tokio::time::Instant::now();
+        while begun.elapsed() < CONFLICT_PAUSE {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            if identity::current(&self.repository).await.is_ok_and(|now| now != before) {
+                return;
+            }
         }
     }
 
@@ -133,61 +149,65 @@ impl Archiver {
 
     async fn attempt(&self, memory: &mut Memory, cancel: &CancellationToken) -> anyhow::Result<Attempt> {
         let known = identity::current(&self.repository).await.context("read the repository's identity")?;
-        let mut server = match self.choose_server().await? {
-            Ok(server) => server,
+        let stored = known.as_ref().map(|known| known.identity.system_id);
+        let candidates = match servers::in_order(servers::primaries(&self.connect).await?, stored) {
+            Ok(candidates) => candidates,
             Err(conflict) => return Ok(Attempt::Again(State::Conflict(conflict.to_string()))),
         };
+        self.alarm(candidates.alarm);
+        let mut first_conflict = None;
+        for mut server in candidates.servers {
+            match self.prepare(&mut server, known.as_ref()).await? {
+                Ok((destination, resume)) => {
+                    let resume = memory.comparable(resume, destination.segment_size);
+                    return self.stream(server, destination, resume, memory, cancel).await;
+                }
+                // One that does not descend from what is stored does not hinder one that does.
+                Err(conflict) => {
+                    first_conflict.get_or_insert(conflict);
+                }
+            }
+        }
+        let conflict = first_conflict.context("no host is configured")?;
+        Ok(Attempt::Again(State::Conflict(conflict.to_string())))
+    }
+
+    /// More than one primary answers: said once, and in the status as long as it lasts.
+    fn alarm(&self, alarm: Option<String>) {
+        self.status.send_if_modified(|s| {
+            let changed = s.alarm != alarm;
+            if let Some(primaries) = alarm.as_ref().filter(|_| changed) {
+                tracing::error!(primaries, "more than one primary answers: the highest timeline is followed");
+            }
+            s.alarm = alarm;
+            changed
+        });
+    }
+
+    /// Where the WAL of a server goes, and from where it is asked for.
+    async fn prepare(
+        &self,
+        server: &mut Server,
+        known: Option<&KnownIncarnation>,
+    ) -> anyhow::Result<Result<(Destination, Resume), Conflict>> {
         let segment_size = server.session.segment_size().await?;
         let system_id = server.identity.system_id;
         let known = match known {
-            Some(known) => known,
-            None => identity::open_next(&self.repository, first_identity(&server, segment_size)?).await?,
+            Some(known) => known.clone(),
+            None => identity::open_next(&self.repository, first_identity(server, segment_size)?).await?,
         };
         if known.identity.system_id != system_id {
-            let conflict = Conflict::OtherSystem { server: system_id, stored: known.identity.system_id };
-            return Ok(Attempt::Again(State::Conflict(conflict.to_string())));
+            return Ok(Err(Conflict::OtherSystem { server: system_id, stored: known.identity.system_id }));
         }
         if known.identity.segment_size != segment_size {
             let (server, stored) = (segment_size.bytes(), known.identity.segment_size.bytes());
-            let conflict = Conflict::OtherSegmentSize { server, stored };
-            return Ok(Attempt::Again(State::Conflict(conflict.to_string())));
+            return Ok(Err(Conflict::OtherSegmentSize { server, stored }));
         }
         let (repository, incarnation) = (self.repository.clone(), known.incarnation);
         let destination = Destination { repository, incarnation, segment_size };
-        let position = self.server_position(&mut server, &destination).await?;
-        let resume = match self.where_to_go_on(&mut server, &destination, &position).await? {
-            Ok(resume) => memory.comparable(resume, segment_size),
-            Err(conflict) => return Ok(Attempt::Again(State::Conflict(conflict.to_string()))),
-        };
-        self.stream(server, destination, resume, memory, cancel).await
-    }
-
-    /// The primary on the highest timeline; two primaries are a conflict, and a standby is never followed.
-    async fn choose_server(&self) -> anyhow::Result<Result<Server, Conflict>> {
-        let mut primaries: Vec<Server> = Vec::new();
-        let mut last_error = None;
-        for (host_index, host) in self.connect.hosts.iter().enumerate() {
-            let name = host.to_string();
-            match connect(&self.connect, host_index).await {
-                Ok((session, identity)) if !session.in_hot_standby() => {
-                    primaries.push(Server { session, host_index, name, identity });
-                }
-                Ok((session, _)) => {
-                    last_error.get_or_insert(anyhow::anyhow!("{name} is a standby"));
-                    session.close().await;
-                }
-                Err(error) => last_error = Some(anyhow::Error::new(error)),
-            }
-        }
-        if let [first, second, ..] = primaries.as_slice() {
-            let text = format!("{} on timeline {}, ", first.name, first.identity.timeline);
-            let text = format!("{text}{} on timeline {}", second.name, second.identity.timeline);
-            return Ok(Err(Conflict::TwoPrimaries(text)));
-        }
-        match primaries.pop() {
-            Some(server) => Ok(Ok(server)),
-            None => Err(last_error.unwrap_or_else(|| anyhow::anyhow!("no host is configured"))),
-        }
+        let position = self.server_position(server, &destination).await?;
+        let resume = self.where_to_go_on(server, &destination, &position).await?;
+        Ok(resume.map(|resume| (destination, resume)))
     }
 
     /// The server's history; every history file of its path is stored before anything of its timeline.
@@ -234,10 +254,16 @@ impl Archiver {
         let gaps = catalogue::list_gaps(&to.repository, to.incarnation).await.context("list gaps")?;
         // The repository was listed first; a server asked before it could seem to be behind.
         server.identity = server.session.identify_system().await?;
+        let position = ServerPosition { flush_lsn: server.identity.flush_lsn, ..position.clone() };
+        if let Err(conflict @ (Conflict::NoCommonHistory { .. } | Conflict::OlderTimeline { .. })) =
+            resume::plan(&position, &listing, &gaps, size)
+        {
+            // No slot on a server that is not followed: nobody would ever move it on.
+            return Ok(Err(conflict));
+        }
         server.session.create_physical_slot(&self.settings.slot).await.context("create the replication slot")?;
         let slot_restart_lsn = self.slot_restart(&mut server.session, server.host_index).await?;
-        let flush_lsn = server.identity.flush_lsn;
-        let position = ServerPosition { flush_lsn, slot_restart_lsn, ..position.clone() };
+        let position = ServerPosition { slot_restart_lsn, ..position };
         match resume::plan(&position, &listing, &gaps, size) {
             Ok(Some(resume)) => Ok(Ok(resume)),
             Ok(None) => Ok(Ok(begin_at_slot(server.identity, slot_restart_lsn, size))),
@@ -246,7 +272,7 @@ impl Archiver {
     }
 
     /// Where our slot keeps WAL from; `None` when it keeps nothing, or cannot be asked (14 without SQL).
-    async fn slot_restart(&self, session: &mut Session, host_index: usize) -> anyhow::Result<Option<Lsn>> {
+    pub(super) async fn slot_restart(&self, session: &mut Session, host_index: usize) -> anyhow::Result<Option<Lsn>> {
         match session.read_slot(&self.settings.slot).await {
             Ok(slot) => Ok(slot.and_then(|s| s.restart_lsn)),
             Err(ReplicationError::Unsupported(_)) => {
@@ -259,6 +285,22 @@ impl Archiver {
         }
     }
 
+    /// The process that holds our slot, where it can be asked without taking the slot.
+    async fn slot_holder(&self, host_index: usize) -> Option<i32> {
+        let mut sql = Sql::connect(&self.connect, host_index).await.ok()?;
+        let slots = sql.slots().await.unwrap_or_default();
+        sql.close().await;
+        slots.into_iter().find(|slot| slot.name == self.settings.slot)?.active_pid
+    }
+
+    async fn wait_for_slot(&self, holder_pid: Option<i32>, message: &str, host_index: usize) -> Attempt {
+        let holder = match holder_pid {
+            Some(pid) => slot::ask_holder(self, pid, host_index).await,
+            None => None,
+        };
+        Attempt::Again(State::Waiting(holder.unwrap_or_else(|| message.to_owned())))
+    }
+
     /// Streams timeline after timeline until something ends it.
     async fn stream(
         &self,
@@ -269,6 +311,13 @@ impl Archiver {
         cancel: &CancellationToken,
     ) -> anyhow::Result<Attempt> {
         let Server { session, host_index, name, .. } = server;
+        if memory.slot_in_use
+            && let Some(pid) = self.slot_holder(host_index).await
+        {
+            session.close().await;
+            return Ok(self.wait_for_slot(Some(pid), "the slot is in use", host_index).await);
+        }
+        memory.slot_in_use = false;
         memory.connections += 1;
         let backend_pid = session.backend_pid();
         slot::record(self, memory.connections, host_index, backend_pid).await.context("record the connection")?;
@@ -339,11 +388,8 @@ impl Archiver {
     ) -> anyhow::Result<Attempt> {
         match error {
             ReplicationError::SlotInUse { holder_pid, message } => {
-                let holder = match holder_pid {
-                    Some(pid) => slot::ask_holder(self, pid, host_index).await,
-                    None => None,
-                };
-                Ok(Attempt::Again(State::Waiting(holder.unwrap_or_else(|| message.to_string()))))
+                memory.slot_in_use = true;
+                Ok(self.wait_for_slot(holder_pid, &message.to_string(), host_index).await)
             }
             ReplicationError::SegmentRemoved(_) if resume.asks_for_comparison(destination.segment_size) => {
                 let (timeline, lsn) = (resume.timeline, resume.stored_lsn);
@@ -352,61 +398,16 @@ impl Archiver {
                 Ok(Attempt::Next)
             }
             ReplicationError::SegmentRemoved(_) | ReplicationError::SlotInvalidated(_) => {
-                self.record_gap(destination, resume, host_index, &error.to_string()).await
+                if missing::make_good(self, destination, resume, host_index, &error.to_string()).await? {
+                    self.status.send_modify(|s| s.gaps_found += 1);
+                }
+                Ok(Attempt::Next)
             }
             ReplicationError::NotInHistory(_) | ReplicationError::AheadOfServer(_) => {
                 Ok(Attempt::Again(State::Conflict(error.to_string())))
             }
             other => Err(other.into()),
         }
-    }
-
-    /// The byte that we lack is gone from this server: believed after a fresh listing that still lacks it.
-    ///
-    /// The gap ends where the slot keeps WAL from. A slot that still keeps WAL is not touched: dropping it would let the
-    /// server remove more.
-    async fn record_gap(
-        &self,
-        destination: &Destination,
-        resume: &Resume,
-        host_index: usize,
-        cause: &str,
-    ) -> anyhow::Result<Attempt> {
-        let Destination { repository, incarnation, segment_size } = destination;
-        let listing = catalogue::list_wal(repository, *incarnation, *segment_size).await?;
-        let gaps = catalogue::list_gaps(repository, *incarnation).await?;
-        let begin = Some(resume.start_lsn);
-        let (_, stored) = resume::prefix(&listing, &gaps, resume.timeline, begin, *segment_size);
-        if stored > resume.stored_lsn {
-            return Ok(Attempt::Next);
-        }
-        let (mut session, identity) = connect(&self.connect, host_index).await?;
-        let start_lsn = resume.stored_lsn;
-        let mut restart = self.slot_restart(&mut session, host_index).await?;
-        if restart.is_none_or(|restart| restart <= start_lsn) {
-            // It keeps nothing, or says that it keeps what is gone (a report moves it back; an invalidated one of 16 and 17
-            // protects nothing even then). A new one begins at the last redo pointer.
-            match session.drop_slot(&self.settings.slot).await {
-                Ok(()) | Err(ReplicationError::SlotMissing(_)) => {}
-                Err(error) => return Err(error).context("drop the slot that lost its WAL"),
-            }
-            session.create_physical_slot(&self.settings.slot).await?;
-            restart = self.slot_restart(&mut session, host_index).await?;
-        }
-        session.close().await;
-        let starts = listing.ranges.iter().map(|o| &o.range).filter(|r| r.timeline == resume.timeline);
-        let next_stored = starts.map(|r| r.start_lsn(*segment_size)).filter(|s| *s > start_lsn).min();
-        let kept = segment_size.start_of(restart.unwrap_or(identity.flush_lsn));
-        let end_lsn = kept.min(next_stored.unwrap_or(Lsn::MAX));
-        if end_lsn <= start_lsn {
-            anyhow::bail!("{cause}; and the slot keeps no WAL after {start_lsn}");
-        }
-        let (timeline, found_at) = (resume.timeline, clock::now().into());
-        let gap = Gap { timeline, start_lsn, end_lsn, found_at, cause: cause.to_owned() };
-        catalogue::write_gap(repository, *incarnation, &gap).await.context("record a gap")?;
-        tracing::error!(%timeline, %start_lsn, %end_lsn, cause, "WAL is missing for good: a gap is recorded");
-        self.status.send_modify(|s| s.gaps_found += 1);
-        Ok(Attempt::Next)
     }
 }
 
@@ -415,12 +416,6 @@ fn begin_at_slot(identity: SystemIdentity, slot_restart_lsn: Option<Lsn>, size: 
     let start_lsn = size.start_of(slot_restart_lsn.unwrap_or(identity.flush_lsn));
     let (reported_lsn, stored_lsn, contiguous_from) = (start_lsn, start_lsn, start_lsn);
     Resume { timeline: identity.timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known: Vec::new() }
-}
-
-async fn connect(config: &ConnectConfig, host_index: usize) -> Result<(Session, SystemIdentity), ReplicationError> {
-    let mut session = Session::connect(config, host_index).await?;
-    let identity = session.identify_system().await?;
-    Ok((session, identity))
 }
 
 fn first_identity(server: &Server, segment_size: SegmentSize) -> anyhow::Result<Identity> {

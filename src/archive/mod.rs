@@ -1,18 +1,21 @@
 //! WAL in, parts and segments out.
 //!
-//! `environment` chooses the server and where to go on (`resume` decides), `stream` runs one connection: `assembler` puts
-//! the bytes together, `pacing` says when a part is due, `uploader` stores, `progress` says what may be reported,
+//! `environment` chooses the server (`servers`) and where to go on (`resume` decides), `missing` sees to what a server has
+//! no more. `stream` runs one connection: `assembler` puts the bytes together, `pacing` says when a part is due, `uploader` stores, `progress` says what may be reported,
 //! `observer` asks the server beside the stream. `indexing` follows what passes; `housekeeping` lets `tidy` turn parts into segments.
 
 pub mod assembler;
 pub mod environment;
+pub mod exposure;
 pub mod housekeeping;
 pub mod indexing;
+mod missing;
 pub mod observer;
 pub mod pacing;
 pub mod progress;
 pub mod resume;
 mod rollup;
+mod servers;
 pub mod settings;
 mod slot;
 pub mod status;
@@ -21,5 +24,6 @@ pub mod tidy;
 pub mod uploader;
 
 pub use environment::Archiver;
+pub use exposure::ExposureFigures;
 pub use settings::Settings;
 pub use status::{ArchiveStatus, State, StoredStream};

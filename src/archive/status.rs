@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
+use super::exposure::ExposureFigures;
 use crate::pg::{Lsn, TimelineId, Timestamp};
 
 /// In which state the protection of an environment is.
@@ -37,10 +38,15 @@ pub struct StoredStream {
 pub struct ArchiveStatus {
     pub state: State,
     pub timeline: Option<TimelineId>,
+    /// End of the server's WAL, as the stream said last.
+    pub server_lsn: Lsn,
     pub received_lsn: Lsn,
     pub stored: Option<StoredStream>,
     /// The newest moment that the stored stream provably contains, by the server's clock.
     pub covered_until: Option<Timestamp>,
+    pub exposure: ExposureFigures,
+    /// Something that somebody should look at, though WAL is archived.
+    pub alarm: Option<String>,
     /// Our walsender is one that commits wait for.
     pub synchronous: bool,
     /// A gap was found in this run: a new backup is due.
@@ -55,9 +61,12 @@ impl Default for ArchiveStatus {
         ArchiveStatus {
             state: State::Starting,
             timeline: None,
+            server_lsn: Lsn::ZERO,
             received_lsn: Lsn::ZERO,
             stored: None,
             covered_until: None,
+            exposure: ExposureFigures::default(),
+            alarm: None,
             synchronous: false,
             gaps_found: 0,
             since: Instant::now(),

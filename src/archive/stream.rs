@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, Unit};
+use super::exposure::Exposure;
 use super::observer::{Observation, Observer};
 use super::pacing::Pacing;
 use super::progress::Progress;
@@ -67,6 +68,8 @@ pub struct Stream<'a> {
     pacing: Pacing,
     uploader: Uploader,
     contiguous_from: Lsn,
+    server_lsn: Lsn,
+    exposure: Exposure,
     /// Stored ranges that the stream has not reached yet.
     known: VecDeque<WalRange>,
     /// Complete units that wait for a free PUT.
@@ -93,6 +96,8 @@ impl<'a> Stream<'a> {
             progress: Progress::new(resume.timeline, resume.reported_lsn),
             uploader,
             contiguous_from: resume.contiguous_from,
+            server_lsn: Lsn::ZERO,
+            exposure: Exposure::new(resume.stored_lsn),
             known,
             waiting: VecDeque::new(),
             taken_up: resume.start_lsn,
@@ -155,10 +160,12 @@ impl<'a> Stream<'a> {
 
     async fn event(&mut self, event: WalEvent) -> Result<(), Ended> {
         match event {
-            WalEvent::Data { start_lsn, server_time, bytes, .. } => {
+            WalEvent::Data { start_lsn, wal_end, server_time, bytes } => {
+                self.server_lsn = self.server_lsn.max(wal_end);
                 let out_of_order = |e: super::assembler::OutOfOrder| ReplicationError::Protocol(e.to_string());
                 let units = self.assembler.push(start_lsn, &bytes).map_err(|e| Ended::Lost(out_of_order(e)))?;
                 self.context.observer.server_time(server_time);
+                self.exposure.arrived(self.assembler.received(), Instant::now());
                 self.compare_known(&units).await?;
                 self.waiting.extend(units);
                 if self.assembler.received() > self.taken_up {
@@ -202,6 +209,7 @@ impl<'a> Stream<'a> {
                     return Err(Ended::Conflict(Conflict::OtherContent { timeline: range.timeline, start, end }));
                 }
                 self.progress.mark_stored(start, end);
+                self.exposure.stored(self.progress.reported(), Instant::now());
                 self.taken_up = self.taken_up.max(self.progress.reported());
             }
             self.known.pop_front();
@@ -248,6 +256,7 @@ impl<'a> Stream<'a> {
             self.pacing.put_took(stored.latency);
         }
         if self.progress.mark_stored(stored.start_lsn, stored.end_lsn) {
+            self.exposure.stored(self.progress.reported(), Instant::now());
             self.report(false).await?;
             self.write_claims();
         }
@@ -315,6 +324,7 @@ impl<'a> Stream<'a> {
     fn publish(&self) {
         let trouble = self.context.trouble.borrow().clone();
         let state = trouble.map_or(State::Streaming, State::StoreFailing);
+        let exposure = self.exposure.figures(Instant::now());
         let timeline = self.progress.timeline();
         let stored = StoredStream { timeline, start_lsn: self.contiguous_from, end_lsn: self.progress.reported() };
         self.context.status.send_modify(|s| {
@@ -323,7 +333,9 @@ impl<'a> Stream<'a> {
                 s.state = state;
             }
             s.timeline = Some(timeline);
+            s.server_lsn = self.server_lsn.max(self.assembler.received());
             s.received_lsn = self.assembler.received();
+            s.exposure = exposure;
             s.stored = Some(stored);
         });
     }
@@ -334,16 +346,22 @@ impl<'a> Stream<'a> {
             return ended;
         }
         let grace = if cancel.is_cancelled() { self.context.settings.shutdown_grace } else { FLUSH_PATIENCE };
+        let listening = !matches!(ended, Ended::Lost(_));
+        let mut timer = tokio::time::interval(STATUS_INTERVAL);
         let flushed = tokio::time::timeout(grace, async {
             loop {
                 self.start_uploads(true);
-                match self.uploader.next().await {
-                    Some(stored) => {
-                        self.progress.mark_stored(stored.start_lsn, stored.end_lsn);
-                        let _ = self.report(false).await;
+                let stored = tokio::select! {
+                    biased;
+                    stored = self.uploader.next() => stored,
+                    _ = timer.tick(), if listening => {
+                        let _ = self.report(true).await;
+                        continue;
                     }
-                    None => break,
-                }
+                };
+                let Some(stored) = stored else { break };
+                self.progress.mark_stored(stored.start_lsn, stored.end_lsn);
+                let _ = self.report(false).await;
             }
         });
         if flushed.await.is_err() {

@@ -13,7 +13,7 @@ use crate::config::{Config, Environment};
 use crate::control::client::{Client, ClientError};
 use crate::control::protocol::{BackupEvent, EnvironmentStatus, Status};
 use crate::error::Failure;
-use crate::util::clock;
+use crate::util::{clock, units};
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -123,9 +123,19 @@ fn show_daemon(text: &mut String, daemon: &EnvironmentStatus) {
     if let Some(archive) = &daemon.archive {
         let _ = writeln!(
             text,
-            "  archive       timeline {}, received up to {}, stored up to {}",
-            archive.timeline, archive.received_lsn, archive.stored_lsn
+            "  archive       timeline {}, stored up to {}, the server is at {}, {} behind",
+            archive.timeline,
+            archive.stored_lsn,
+            archive.server_lsn,
+            units::show_bytes(archive.bytes_behind)
         );
+        if let (Some(p50), Some(p99)) = (archive.exposure.p50_ms, archive.exposure.p99_ms) {
+            let oldest = archive.exposure.oldest_ms;
+            let _ = writeln!(
+                text,
+                "  exposure      {oldest} ms now, {p50} ms in the median, {p99} ms at most in 99 of 100"
+            );
+        }
     }
     match &daemon.backup {
         Some(BackupEvent::Running { phase, .. }) => {

@@ -38,11 +38,25 @@ pub struct EnvironmentStatus {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArchiveStatus {
     pub timeline: u32,
-    pub server_lsn: Option<String>,
+    /// End of the server's WAL, as the stream said last.
+    pub server_lsn: String,
+    /// What of it is not stored.
+    pub bytes_behind: u64,
     pub received_lsn: String,
     pub stored_lsn: String,
     pub covered_until: Option<String>,
+    pub exposure: Exposure,
     pub gaps: u64,
+}
+
+/// How long bytes wait from their arrival until they are stored.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exposure {
+    /// Age of the oldest that waits now.
+    pub oldest_ms: u64,
+    /// Of the last thousand or so that were stored.
+    pub p50_ms: Option<u64>,
+    pub p99_ms: Option<u64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -97,10 +111,16 @@ impl From<&ArchiveSnapshot> for ArchiveStatus {
     fn from(snapshot: &ArchiveSnapshot) -> Self {
         ArchiveStatus {
             timeline: snapshot.timeline.0,
-            server_lsn: snapshot.server_lsn.map(|lsn| lsn.to_string()),
+            server_lsn: snapshot.server_lsn.to_string(),
+            bytes_behind: snapshot.server_lsn.checked_since(snapshot.stored_lsn).unwrap_or(0),
             received_lsn: snapshot.received_lsn.to_string(),
             stored_lsn: snapshot.stored_lsn.to_string(),
             covered_until: snapshot.covered_until.map(|time| time.to_string()),
+            exposure: Exposure {
+                oldest_ms: snapshot.exposure.oldest_ms,
+                p50_ms: snapshot.exposure.p50_ms,
+                p99_ms: snapshot.exposure.p99_ms,
+            },
             gaps: snapshot.gaps,
         }
     }

@@ -140,7 +140,10 @@ fn describe(snapshot: &mut EnvironmentSnapshot, status: &ArchiveStatus) {
     use archive::State as Archive;
     let (state, detail) = match &status.state {
         Archive::Starting => (State::Starting, None),
-        Archive::Streaming => (State::Streaming, None),
+        Archive::Streaming => {
+            let alarm = status.alarm.as_ref();
+            (State::Streaming, alarm.map(|primaries| format!("more than one primary answers: {primaries}")))
+        }
         Archive::StoreFailing(why) => (State::Waiting, Some(format!("the store takes nothing: {why}"))),
         Archive::Disconnected(why) => (State::Waiting, Some(format!("no connection to the server: {why}"))),
         Archive::Waiting(why) => (State::Waiting, Some(why.clone())),
@@ -156,10 +159,11 @@ fn describe(snapshot: &mut EnvironmentSnapshot, status: &ArchiveStatus) {
     snapshot.enter(state, detail, clock::now().into());
     snapshot.archive = status.timeline.map(|timeline| ArchiveSnapshot {
         timeline,
-        server_lsn: None,
+        server_lsn: status.server_lsn,
         received_lsn: status.received_lsn,
         stored_lsn: status.stored.map_or(crate::pg::Lsn::ZERO, |stream| stream.end_lsn),
         covered_until: status.covered_until,
+        exposure: status.exposure,
         gaps: u64::from(status.gaps_found),
     });
 }

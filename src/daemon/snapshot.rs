@@ -1,5 +1,6 @@
 //! What the service knows about itself, as a value: the state of every environment at one moment.
 
+use crate::archive::ExposureFigures;
 use crate::error::Failure;
 use crate::pg::{Lsn, TimelineId, Timestamp};
 
@@ -46,13 +47,14 @@ pub enum State {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ArchiveSnapshot {
     pub timeline: TimelineId,
-    /// End of what the server has flushed, as far as it told.
-    pub server_lsn: Option<Lsn>,
+    /// End of the server's WAL, as the stream said last.
+    pub server_lsn: Lsn,
     pub received_lsn: Lsn,
     /// Contiguous end of what is in the store.
     pub stored_lsn: Lsn,
     /// Newest moment that the stored WAL provably contains.
     pub covered_until: Option<Timestamp>,
+    pub exposure: ExposureFigures,
     pub gaps: u64,
 }
 
