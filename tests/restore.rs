@@ -134,7 +134,6 @@ impl Stored {
             wal_get: [&program, "--config", &config, "wal-get", "%f", "%p"].map(String::from).to_vec(),
             postgres_bin_dirs: vec![places::pg_bin(plan.backup.major.0)],
             user: "postgres".into(),
-            shared_buffers_bytes: 32 << 20,
         };
         let cancel = CancellationToken::new();
         execute(&self.repository, plan.clone(), &request, &mut Nobody, cancel).await.unwrap_or_else(|e| {

@@ -18,8 +18,6 @@ use crate::restore::recovery::Finish;
 use crate::restore::{Plan, fetch, follow};
 use crate::util::clock;
 
-/// Memory for the restored server's own cache while it replays.
-const SHARED_BUFFERS_BYTES: u64 = 128 << 20;
 /// How often what is fetched is shown.
 const LOOK_EVERY: std::time::Duration = std::time::Duration::from_millis(250);
 
@@ -122,7 +120,6 @@ fn request_of(context: &Context, environment: &Environment, arguments: &Argument
         wal_get: wal_get_words(&absolute(&context.config_path)?)?,
         postgres_bin_dirs: environment.restore.postgres_bin_dirs.clone(),
         user: arguments.user.clone(),
-        shared_buffers_bytes: SHARED_BUFFERS_BYTES,
     })
 }
 

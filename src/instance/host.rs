@@ -10,6 +10,20 @@ use super::{Installation, LocateError, locate};
 use crate::pg::collation::{icu_version_of, same_icu_version};
 use crate::pg::{CollationProvider, Major};
 
+/// What a restored server's cache gets: an eighth of the memory that is free on this host, so that replay need not write a page out
+/// and read it again for each change, and other servers keep theirs.
+pub fn cache_bytes() -> u64 {
+    const MIN: u64 = 128 << 20;
+    const MAX: u64 = 1 << 30;
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    (available_bytes(&text).unwrap_or(0) / 8).clamp(MIN, MAX)
+}
+
+fn available_bytes(meminfo: &str) -> Option<u64> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()?.checked_mul(1024)
+}
+
 /// What a cluster needs, as recorded with its backup.
 #[derive(Debug, Clone, Default)]
 pub struct Needs {
@@ -198,6 +212,14 @@ mod tests {
         assert_eq!(parse_ldd("ldd (GNU libc) 2.34").as_deref(), Some("2.34"));
         assert_eq!(parse_ldd("musl libc (x86_64)\nVersion 1.2.4"), None);
         assert_eq!(parse_ldd(""), None);
+    }
+
+    #[test]
+    fn the_free_memory_of_a_host() {
+        let text = "MemTotal:       24689884 kB\nMemFree:         1049912 kB\nMemAvailable:   22080980 kB\n";
+        assert_eq!(available_bytes(text), Some(22_080_980 << 10));
+        assert_eq!(available_bytes("MemTotal: 1 kB\nMemAvailable: many kB\n"), None);
+        assert!((128 << 20..=1 << 30).contains(&cache_bytes()));
     }
 
     #[test]

@@ -13,6 +13,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::{Code, Failure};
+use crate::instance::host;
 use crate::instance::locate::locate;
 use crate::instance::{Installation, LocateError, Target};
 use crate::pg::{Lsn, TimelineId};
@@ -58,7 +59,6 @@ pub struct RestoreRequest {
     pub postgres_bin_dirs: Vec<PathBuf>,
     /// A superuser of the restored cluster.
     pub user: String,
-    pub shared_buffers_bytes: u64,
 }
 
 /// Who hears of the progress of a restore.
@@ -167,7 +167,7 @@ fn recovery_of(plan: &Plan, request: &RestoreRequest) -> Recovery {
         later_parameters: plan.later_parameters.clone(),
         preload_libraries: plan.preload_libraries.clone(),
         jit: false,
-        shared_buffers_bytes: request.shared_buffers_bytes,
+        shared_buffers_bytes: host::cache_bytes(),
     }
 }
 
