@@ -1,7 +1,7 @@
 //! Brings a backup's files into a prepared directory: tables one by one, packs in large ranges, many at a time.
 //!
 //! Extents are gathered in windows and sorted by pack and offset, so that each pack is read in a few large ranges whatever
-//! the order of the files; ranges are fetched in parallel, and frames opened on as many threads as there are cores. A
+//! the order of the files; ranges are fetched in parallel, and frames opened on one thread more than there are cores. A
 //! frame's bytes are written only after their digest matched; a file gets its name when its last byte is in place.
 //!
 //! Memory: [`RANGES_AT_ONCE`] × [`RANGE_BYTES_MAX`] of stored bytes, a few frames per core, and one window of addresses
@@ -75,7 +75,8 @@ impl Fetch {
     /// Cancel safety: dropping this future leaves an unfinished directory with its marker, which can be begun anew.
     pub async fn run(&self, tables: TablePacks) -> Result<(), RestoreError> {
         let (send, receive) = mpsc::channel::<Range>(RANGES_AT_ONCE);
-        let cores = Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get())));
+        // One more than cores: another opens frames while one waits for its turn to write.
+        let cores = Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get()) + 1));
         let ranges = futures::stream::unfold(receive, |mut receive| async {
             receive.recv().await.map(|range| (range, receive))
         });

@@ -7,6 +7,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use super::target::{TargetDirectory, TargetError, io_error};
 use crate::repository::backup_object::FileEntry;
@@ -27,6 +28,8 @@ pub struct NewFile {
     bytes: u64,
     mode: u32,
     keeps_temporary_name: bool,
+    /// The kernel lets one thread at a time write to a file, and the others spin: they sleep here instead.
+    writing: Mutex<()>,
 }
 
 impl NewFile {
@@ -38,6 +41,7 @@ impl NewFile {
             // Owner may write; others never, whatever the backup says.
             mode: (entry.mode & 0o750) | 0o600,
             keeps_temporary_name: entry.path == CONTROL_FILE,
+            writing: Mutex::new(()),
         }
     }
 
@@ -49,6 +53,7 @@ impl NewFile {
     /// opening costs little beside a frame's decompression.
     pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), TargetError> {
         let file = self.create()?;
+        let _alone = self.writing.lock();
         write_sparse(&file, offset, bytes).map_err(io_error("write", &self.path))?;
         begin_writeback(&file, offset, bytes.len());
         Ok(())
