@@ -194,7 +194,16 @@ impl Archiver {
         let system_id = server.identity.system_id;
         let known = match known {
             Some(known) => known.clone(),
-            None => identity::open_next(&self.repository, first_identity(server, segment_size)?).await?,
+            None => match identity::names(&self.repository).await?.newest_lost() {
+                Some(lost) if lost.system_id == system_id => {
+                    tracing::warn!(incarnation = %lost, "the identity object was gone: it is written again");
+                    identity::write(&self.repository, lost, first_identity(server, segment_size)?).await?
+                }
+                Some(lost) => {
+                    return Ok(Err(Conflict::OtherSystem { server: system_id, stored: lost.system_id }));
+                }
+                None => identity::open_next(&self.repository, first_identity(server, segment_size)?).await?,
+            },
         };
         if known.identity.system_id != system_id {
             return Ok(Err(Conflict::OtherSystem { server: system_id, stored: known.identity.system_id }));
@@ -393,7 +402,7 @@ impl Archiver {
             }
             ReplicationError::SegmentRemoved(_) if resume.asks_for_comparison(destination.segment_size) => {
                 let (timeline, lsn) = (resume.timeline, resume.stored_lsn);
-                tracing::warn!(%timeline, %lsn, "the server has the WAL before this no more: it is not compared");
+                tracing::info!(%timeline, %lsn, "the server has the WAL before this no more: it is not compared");
                 memory.incomparable = Some((timeline, lsn));
                 Ok(Attempt::Next)
             }

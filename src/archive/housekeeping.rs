@@ -7,7 +7,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::indexing::catch_up;
 use super::status::ArchiveStatus;
-use super::tidy::tidy;
+use super::tidy::{Written, tidy};
 use super::uploader::Destination;
 use crate::repository::{Repository, RepositoryError, identity};
 use crate::util::clock;
@@ -46,7 +46,11 @@ async fn round(repository: &Repository, status: &watch::Receiver<ArchiveStatus>)
     let (incarnation, segment_size) = (known.incarnation, known.identity.segment_size);
     let destination = Destination { repository: repository.clone(), incarnation, segment_size };
     let before = segment_size.segment_of(stored.end_lsn);
-    let tidied = tidy(&destination, stored.timeline, before, clock::now()).await?;
+    let written = Written { timeline: stored.timeline, before };
+    let tidied = tidy(&destination, written, clock::now()).await?;
+    if let Some(error) = &tidied.trouble {
+        tracing::warn!(error, units = tidied.failed, "tidy the repository: not all could be done, will be tried again");
+    }
     let indexed = catch_up(&destination, &known, stored.timeline, before).await?;
     tracing::debug!(assembled = tidied.assembled, parts_deleted = tidied.parts_deleted, indexed, "tidied");
     Ok(())

@@ -61,7 +61,14 @@ pub async fn catch_up(
     segments.dedup();
     let mut made = 0;
     for segment in segments.into_iter().filter(|s| *s < before && !stored.segments.contains_key(s)) {
-        let index = index::build(repository, known, timeline, segment, &listing.ranges).await?;
+        let index = match index::build(repository, known, timeline, segment, &listing.ranges).await {
+            Ok(index) => index,
+            Err(error) if error.is_corrupt() => {
+                tracing::warn!(%timeline, segment = segment.0, %error, "a segment of WAL is damaged: it has no index");
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         if index.completeness != crate::wal::transactions::Completeness::Tail {
             index::write(repository, *incarnation, *segment_size, &index).await?;
             made += 1;

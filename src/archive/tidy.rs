@@ -1,137 +1,174 @@
 //! Parts become segments, and go when they are no longer needed.
 //!
-//! A segment that exists only as parts is assembled from them. A part goes only when a confirmed object of the same
+//! A unit (a segment, or 64 MiB of a larger one) that exists only as parts is assembled from them. A part goes only when a confirmed object of the same
 //! timeline holds the same bytes (the part's hash is the hash of that range of it), and not before an hour by the store's
 //! clock, because a restore may be reading it. The tail of an abandoned timeline is sealed: its parts become one.
 //!
-//! Cost: one listing of the timeline an hour, and what there is to do.
+//! Cost: one listing of the WAL a round, and what there is to do.
 
-use std::collections::BTreeMap;
+use std::ops::Range;
 
-use bytes::Bytes;
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::assembler::unit_bytes;
 use super::uploader::Destination;
-use crate::pg::{SegmentNo, TimelineId};
-use crate::repository::catalogue::{WalObject, list_wal_timeline};
+use crate::pg::{SegmentNo, SegmentSize, TimelineId};
+use crate::repository::catalogue::{WalObject, list_wal, list_wal_timeline};
 use crate::repository::codec::Kind;
 use crate::repository::layout::{ContentHash, WalRange};
-use crate::repository::segment::{cover, read_range, read_segment};
-use crate::repository::{Key, RepositoryError};
+use crate::repository::segment::{cover, read_bounds, read_range};
+use crate::repository::{Key, Repository, RepositoryError};
 
 /// How long a part stays after it was written, at least.
 const PART_AGE_MIN: TimeDelta = TimeDelta::hours(1);
 
 /// What a round of tidying did.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tidied {
     pub assembled: u64,
     pub parts_deleted: u64,
+    /// Units that could not be tidied, and why the first of them could not.
+    pub failed: u64,
+    pub trouble: Option<String>,
 }
 
-/// Assembles what exists only as parts and deletes what is covered, on one timeline, below `before` (segments at or after
-/// it are still being written). `now` is this host's clock; ages are those of the store.
-pub async fn tidy(
-    destination: &Destination,
-    timeline: TimelineId,
-    before: SegmentNo,
-    now: DateTime<Utc>,
-) -> Result<Tidied, RepositoryError> {
+/// How far a timeline is written.
+#[derive(Debug, Clone, Copy)]
+pub struct Written {
+    pub timeline: TimelineId,
+    /// Segments of this timeline at or after this one are still being written; older timelines were left for good.
+    pub before: SegmentNo,
+}
+
+/// Assembles what exists only as parts and deletes what is covered, on all timelines. `now` is this host's clock; ages are
+/// those of the store. A unit that is damaged keeps nothing but itself from being tidied; when the store does not work,
+/// the rest is left for the next round.
+///
+/// # Errors
+/// When the WAL cannot be listed.
+pub async fn tidy(destination: &Destination, written: Written, now: DateTime<Utc>) -> Result<Tidied, RepositoryError> {
     let Destination { repository, incarnation, segment_size } = destination;
-    let listing = list_wal_timeline(repository, *incarnation, timeline, *segment_size).await?;
-    let mut segments: BTreeMap<SegmentNo, Vec<WalObject>> = BTreeMap::new();
-    for object in listing.ranges {
-        if object.range.segment < before {
-            segments.entry(object.range.segment).or_default().push(object);
-        }
-    }
+    let listing = list_wal(repository, *incarnation, *segment_size).await?;
     let mut done = Tidied::default();
-    for objects in segments.values().filter(|o| o.iter().any(|o| !o.range.whole)) {
-        done.assembled += u64::from(assemble(destination, objects).await?);
-        let old = |o: &&WalObject| now.signed_duration_since(o.last_modified) > PART_AGE_MIN;
-        let parts: Vec<&WalObject> = objects.iter().filter(|o| is_small_part(destination, o)).filter(old).collect();
-        if !parts.is_empty() {
-            done.parts_deleted += delete_covered(destination, objects, &parts).await?;
+    for unit in units(listing.ranges, *segment_size) {
+        let abandoned = unit.timeline < written.timeline;
+        let ended = abandoned || (unit.timeline == written.timeline && unit.segment < written.before);
+        if !ended || !unit.objects.iter().any(|o| unit.is_part(o)) {
+            continue;
+        }
+        if let Err(error) = unit.tidy(destination, abandoned, now, &mut done).await {
+            done.failed += 1;
+            let store_works = error.is_corrupt() || error.is_not_found();
+            done.trouble.get_or_insert(error.to_string());
+            if !store_works {
+                break;
+            }
         }
     }
     Ok(done)
 }
 
-/// Merges the parts of the last segment of an abandoned timeline into one range from the segment's start to its end.
+/// Merges the parts of the last segment of an abandoned timeline into one range from the unit's start to its end.
 pub async fn seal(destination: &Destination, timeline: TimelineId, segment: SegmentNo) -> Result<(), RepositoryError> {
     let Destination { repository, incarnation, segment_size } = destination;
     let listing = list_wal_timeline(repository, *incarnation, timeline, *segment_size).await?;
-    let objects: Vec<WalObject> = listing.ranges.into_iter().filter(|o| o.range.segment == segment).collect();
-    if objects.len() < 2 || segment_size.bytes() > unit_bytes(*segment_size) {
-        return Ok(());
+    let of_segment = listing.ranges.into_iter().filter(|o| o.range.segment == segment).collect();
+    for unit in units(of_segment, *segment_size) {
+        unit.assemble(destination, true).await?;
     }
-    let bytes = read_segment(repository, *incarnation, *segment_size, &objects).await?;
-    put_range(destination, timeline, segment, bytes).await
+    Ok(())
 }
 
-/// A part that a whole unit may replace; the 64 MiB ranges of large segments stay.
-fn is_small_part(destination: &Destination, object: &WalObject) -> bool {
-    let length = object.range.to.saturating_sub(object.range.from);
-    !object.range.whole && length < unit_bytes(destination.segment_size)
-}
-
-/// Puts the whole segment when its parts cover it and it is not there. Larger segments stay ranges.
-async fn assemble(destination: &Destination, objects: &[WalObject]) -> Result<bool, RepositoryError> {
-    let Destination { repository, incarnation, segment_size } = destination;
-    let ranges: Vec<&WalRange> = objects.iter().map(|o| &o.range).collect();
-    let complete = cover(&ranges, 0..segment_size.bytes()).1 == segment_size.bytes();
-    let single = segment_size.bytes() == unit_bytes(*segment_size);
-    let Some(first) = ranges.first() else { return Ok(false) };
-    if !single || !complete || ranges.iter().any(|r| r.whole) {
-        return Ok(false);
-    }
-    let bytes = read_segment(repository, *incarnation, *segment_size, objects).await?;
-    put_range(destination, first.timeline, first.segment, bytes).await?;
-    Ok(true)
-}
-
-async fn put_range(
-    destination: &Destination,
+/// What is stored of one storage unit: a segment, or 64 MiB of a larger one.
+struct Unit {
     timeline: TimelineId,
     segment: SegmentNo,
-    bytes: Bytes,
-) -> Result<(), RepositoryError> {
-    let Destination { repository, incarnation, segment_size } = destination;
-    let hash = ContentHash::of(&repository.codec().digest(&bytes));
-    let to = bytes.len() as u64;
-    let range = WalRange { timeline, segment, from: 0, to, hash, whole: to == segment_size.bytes() };
-    let key = Key::wal(*incarnation, &range, *segment_size);
-    repository.write(&key, Kind::Wal, bytes).await.map(drop)
+    bounds: Range<u64>,
+    objects: Vec<WalObject>,
 }
 
-/// Deletes the parts whose bytes a longer confirmed object holds. That object is read, so that what is deleted is proven
-/// to be there in a form that opens.
-async fn delete_covered(
-    destination: &Destination,
-    objects: &[WalObject],
-    parts: &[&WalObject],
-) -> Result<u64, RepositoryError> {
-    let repository = &destination.repository;
-    let longer = |o: &&WalObject| parts.iter().any(|p| p.range != o.range && holds(&o.range, &p.range));
-    let Some(holder) = objects.iter().filter(longer).max_by_key(|o| o.range.to - o.range.from) else { return Ok(0) };
-    let content = read_range(repository, holder).await?;
-    let mut deleted = 0;
-    for part in parts.iter().filter(|p| p.range != holder.range && holds(&holder.range, &p.range)) {
-        let offset = |at: u64| usize::try_from(at - holder.range.from).unwrap_or(usize::MAX);
-        let Some(same) = content.get(offset(part.range.from)..offset(part.range.to)) else { continue };
-        if ContentHash::of(&repository.codec().digest(same)) == part.range.hash {
-            repository.store().delete(&part.key).await?;
-            deleted += 1;
-        } else {
-            tracing::error!(
-                object = part.key.as_str(),
-                other = holder.key.as_str(),
-                "two contents for one range of WAL"
-            );
+fn units(ranges: Vec<WalObject>, size: SegmentSize) -> Vec<Unit> {
+    let bytes = unit_bytes(size);
+    let mut units: Vec<Unit> = Vec::new();
+    for object in ranges {
+        let (timeline, segment) = (object.range.timeline, object.range.segment);
+        let start = object.range.from / bytes * bytes;
+        match units.last_mut() {
+            Some(unit) if (unit.timeline, unit.segment, unit.bounds.start) == (timeline, segment, start) => {
+                unit.objects.push(object);
+            }
+            _ => units.push(Unit { timeline, segment, bounds: start..start + bytes, objects: vec![object] }),
         }
     }
-    Ok(deleted)
+    units
+}
+
+impl Unit {
+    fn is_part(&self, object: &WalObject) -> bool {
+        (object.range.from, object.range.to) != (self.bounds.start, self.bounds.end)
+    }
+
+    async fn tidy(
+        &self,
+        destination: &Destination,
+        abandoned: bool,
+        now: DateTime<Utc>,
+        done: &mut Tidied,
+    ) -> Result<(), RepositoryError> {
+        done.assembled += u64::from(self.assemble(destination, abandoned).await?);
+        let old = |o: &&WalObject| now.signed_duration_since(o.last_modified) > PART_AGE_MIN;
+        let parts: Vec<&WalObject> = self.objects.iter().filter(|o| self.is_part(o)).filter(old).collect();
+        self.delete_covered(&destination.repository, &parts, &mut done.parts_deleted).await
+    }
+
+    /// Puts the unit when its parts cover it and it is not there; of a `left` timeline, which gets no more, as far as they do.
+    async fn assemble(&self, destination: &Destination, left: bool) -> Result<bool, RepositoryError> {
+        let Destination { repository, incarnation, segment_size } = destination;
+        let ranges: Vec<&WalRange> = self.objects.iter().map(|o| &o.range).collect();
+        let (chosen, reached) = cover(&ranges, self.bounds.clone());
+        if chosen.len() < 2 || (reached < self.bounds.end && !left) {
+            return Ok(false);
+        }
+        let bounds = self.bounds.start..reached;
+        let bytes = read_bounds(repository, *incarnation, *segment_size, &self.objects, bounds.clone()).await?;
+        if bytes.len() as u64 != bounds.end - bounds.start {
+            // Something went while this was looked at: the next round sees what is there then.
+            return Ok(false);
+        }
+        let hash = ContentHash::of(&repository.codec().digest(&bytes));
+        let (timeline, segment, from, to) = (self.timeline, self.segment, bounds.start, bounds.end);
+        let whole = to - from == segment_size.bytes();
+        let range = WalRange { timeline, segment, from, to, hash, whole };
+        let key = Key::wal(*incarnation, &range, *segment_size);
+        repository.write(&key, Kind::Wal, bytes).await?;
+        Ok(true)
+    }
+
+    /// Deletes the parts whose bytes a longer confirmed object holds. That object is read, so that what is deleted is
+    /// proven to be there in a form that opens.
+    async fn delete_covered(
+        &self,
+        repository: &Repository,
+        parts: &[&WalObject],
+        deleted: &mut u64,
+    ) -> Result<(), RepositoryError> {
+        let longer = |o: &&WalObject| parts.iter().any(|p| p.range != o.range && holds(&o.range, &p.range));
+        let holder = self.objects.iter().filter(longer).max_by_key(|o| o.range.to - o.range.from);
+        let Some(holder) = holder else { return Ok(()) };
+        let content = read_range(repository, holder).await?;
+        for part in parts.iter().filter(|p| p.range != holder.range && holds(&holder.range, &p.range)) {
+            let offset = |at: u64| usize::try_from(at - holder.range.from).unwrap_or(usize::MAX);
+            let Some(same) = content.get(offset(part.range.from)..offset(part.range.to)) else { continue };
+            if ContentHash::of(&repository.codec().digest(same)) == part.range.hash {
+                repository.store().delete(&part.key).await?;
+                *deleted += 1;
+            } else {
+                let (object, other) = (part.key.as_str(), holder.key.as_str());
+                tracing::error!(object, other, "two contents for one range of WAL");
+            }
+        }
+        Ok(())
+    }
 }
 
 fn holds(outer: &WalRange, inner: &WalRange) -> bool {
@@ -141,8 +178,7 @@ fn holds(outer: &WalRange, inner: &WalRange) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pg::{SegmentSize, SystemId};
-    use crate::repository::Repository;
+    use crate::pg::SystemId;
     use crate::repository::layout::Incarnation;
     use crate::repository::location::Location;
     use crate::repository::store::{Store, StoreSettings};
@@ -153,6 +189,10 @@ mod tests {
         let repository = Repository::open_or_create(store, 1, None).await.expect("create");
         let segment_size = SegmentSize::new(1 << 20).expect("1 MiB");
         Destination { repository, incarnation: Incarnation { ordinal: 1, system_id: SystemId(1) }, segment_size }
+    }
+
+    fn written(timeline: u32, before: u64) -> Written {
+        Written { timeline: TimelineId(timeline), before: SegmentNo(before) }
     }
 
     fn content() -> Vec<u8> {
@@ -175,6 +215,12 @@ mod tests {
         listing.ranges.iter().map(|o| (o.range.segment.0, o.range.from, o.range.to)).collect()
     }
 
+    async fn listed_keys(destination: &Destination) -> Vec<Key> {
+        let Destination { repository, incarnation, segment_size } = destination;
+        let listing = list_wal(repository, *incarnation, *segment_size).await.expect("list");
+        listing.ranges.into_iter().map(|o| o.key).collect()
+    }
+
     #[tokio::test]
     async fn parts_are_assembled_at_once_and_deleted_after_an_hour() {
         let dir = tempfile::tempdir().expect("temporary directory");
@@ -184,11 +230,11 @@ mod tests {
         put(&destination, 1, 700, &bytes[700..]).await;
         put(&destination, 2, 0, &bytes[..9]).await;
         let now = crate::util::clock::now();
-        let soon = tidy(&destination, TimelineId(1), SegmentNo(2), now).await.expect("tidy");
-        assert_eq!(soon, Tidied { assembled: 1, parts_deleted: 0 });
+        let soon = tidy(&destination, written(1, 2), now).await.expect("tidy");
+        assert_eq!(soon, Tidied { assembled: 1, ..Tidied::default() });
         let later = now + TimeDelta::minutes(61);
-        let done = tidy(&destination, TimelineId(1), SegmentNo(2), later).await.expect("tidy");
-        assert_eq!(done, Tidied { assembled: 0, parts_deleted: 2 });
+        let done = tidy(&destination, written(1, 2), later).await.expect("tidy");
+        assert_eq!(done, Tidied { parts_deleted: 2, ..Tidied::default() });
         assert_eq!(listed(&destination).await, [(1, 0, 1 << 20), (2, 0, 9)]);
     }
 
@@ -202,7 +248,7 @@ mod tests {
         put(&destination, 2, 0, &bytes[..50]).await;
         put(&destination, 2, 60, &bytes[60..]).await;
         let later = crate::util::clock::now() + TimeDelta::hours(2);
-        let done = tidy(&destination, TimelineId(1), SegmentNo(9), later).await.expect("tidy");
+        let done = tidy(&destination, written(1, 9), later).await.expect("tidy");
         assert_eq!(done, Tidied::default());
         assert_eq!(listed(&destination).await.len(), 4);
     }
@@ -216,7 +262,57 @@ mod tests {
         put(&destination, 1, 50, &bytes[50..90]).await;
         seal(&destination, TimelineId(1), SegmentNo(1)).await.expect("seal");
         let later = crate::util::clock::now() + TimeDelta::hours(2);
-        tidy(&destination, TimelineId(1), SegmentNo(9), later).await.expect("tidy");
+        tidy(&destination, written(1, 9), later).await.expect("tidy");
         assert_eq!(listed(&destination).await, [(1, 0, 90)]);
+    }
+
+    #[tokio::test]
+    async fn the_tail_of_a_timeline_that_was_left_becomes_one_range_in_a_later_round() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let destination = destination(&dir).await;
+        let bytes = content();
+        put(&destination, 1, 0, &bytes[..50]).await;
+        put(&destination, 1, 50, &bytes[50..90]).await;
+        put(&destination, 1, 200, &bytes[200..300]).await;
+        let later = crate::util::clock::now() + TimeDelta::hours(2);
+        let written_on = tidy(&destination, written(1, 1), later).await.expect("tidy");
+        assert_eq!(written_on, Tidied::default(), "it is still written");
+        tidy(&destination, written(2, 1), later).await.expect("tidy");
+        tidy(&destination, written(2, 1), later).await.expect("tidy");
+        assert_eq!(listed(&destination).await, [(1, 0, 90), (1, 200, 300)]);
+    }
+
+    #[tokio::test]
+    async fn large_segments_are_assembled_by_ranges() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let mut destination = destination(&dir).await;
+        destination.segment_size = SegmentSize::new(128 << 20).expect("128 MiB");
+        let unit = vec![7; 64 << 20];
+        put(&destination, 1, 64 << 20, &unit[..1000]).await;
+        put(&destination, 1, (64 << 20) + 1000, &unit[1000..]).await;
+        let later = crate::util::clock::now() + TimeDelta::hours(2);
+        let done = tidy(&destination, written(1, 9), later).await.expect("tidy");
+        assert_eq!(done, Tidied { assembled: 1, ..Tidied::default() });
+        let done = tidy(&destination, written(1, 9), later).await.expect("tidy");
+        assert_eq!(done, Tidied { parts_deleted: 2, ..Tidied::default() });
+        assert_eq!(listed(&destination).await, [(1, 64 << 20, 128 << 20)]);
+    }
+
+    #[tokio::test]
+    async fn a_damaged_part_keeps_no_other_segment_from_being_tidied() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let destination = destination(&dir).await;
+        let bytes = content();
+        for segment in [1, 2] {
+            put(&destination, segment, 0, &bytes[..700]).await;
+            put(&destination, segment, 700, &bytes[700..]).await;
+        }
+        let first = listed_keys(&destination).await.remove(0);
+        let path = dir.path().join("shop").join(first.as_str());
+        crate::util::durable_fs::write(&path, b"damaged", 0o600).expect("damage");
+        let now = crate::util::clock::now();
+        let done = tidy(&destination, written(1, 9), now).await.expect("tidy");
+        assert_eq!((done.assembled, done.failed), (1, 1));
+        assert!(done.trouble.is_some_and(|trouble| trouble.contains(first.as_str())));
     }
 }
