@@ -12,6 +12,7 @@ use pgrecall::util::secret::Secret;
 use crate::archive::{Running, assert_equal_to_server, keep, stored, write};
 use crate::common::NEWEST;
 use crate::common::minio::{Bucket, Minio};
+use crate::common::pgrecall::{Environment, Pgrecall, Store as Place};
 use crate::common::postgres::{Cluster, Stop};
 use crate::common::proxy::s3::{Fault, Rule, S3Proxy};
 use crate::replication::config;
@@ -208,5 +209,81 @@ async fn a_commit_that_returned_in_synchronous_mode_is_in_the_store() {
     }
     let known = identity::current(&scene.repository).await.expect("identity").expect("one");
     assert_eq!(known.identity.system_id.to_string(), scene.cluster.system_identifier());
+    scene.running.stop().await;
+}
+
+/// What is read: what passes is hidden, what stays is named, and nothing wrong is ever given out.
+#[test]
+fn what_a_store_does_to_reads_is_hidden_once_and_named_when_it_stays() {
+    let (cluster, proxy) = (Cluster::start_new(NEWEST), S3Proxy::start(&Minio::shared()));
+    let environment = Environment::new("shop", Place::Bucket(proxy.bucket(), "reads".into())).cluster(&cluster);
+    let mut host = Pgrecall::new(&[environment]);
+    host.start(&[&cluster]);
+    host.wait_for_backup("shop");
+    cluster.query("CREATE TABLE t AS SELECT 1 AS n");
+    cluster.switch_wal();
+    host.wait_stored(&cluster, cluster.flush_lsn());
+    host.stop();
+    let verify = ["verify", "shop", "--read-data"];
+    host.run(&verify);
+    let passing = [
+        Fault::Truncate,
+        Fault::FlipBit,
+        Fault::WrongEtag,
+        Fault::NOT_FOUND,
+        Fault::CutBody,
+        Fault::CutReply,
+        Fault::SLOW_DOWN,
+        Fault::TOO_MANY,
+        Fault::Delay(Duration::from_millis(300)),
+    ];
+    let kinds = ["format.json", "identity/", ".intent", ".backup", ".pack", ".wal", "coverage/"];
+    for fault in passing {
+        for kind in kinds {
+            let before = proxy.faults();
+            proxy.add(Rule::new(fault.clone()).on("GET").key(kind).times(1));
+            let answer = host.try_run(&verify);
+            assert_eq!(answer.status, 0, "{fault:?} of {kind}: {answer:?}");
+            assert!(answer.stdout.ends_with("sound\n"), "{fault:?} of {kind}: {answer:?}");
+            assert_eq!(proxy.faults(), before + 1, "{fault:?} of {kind} happened");
+            proxy.clear();
+        }
+    }
+    for fault in [Fault::Truncate, Fault::FlipBit] {
+        for kind in kinds {
+            proxy.add(Rule::new(fault.clone()).on("GET").key(kind));
+            let answer = host.try_run(&verify);
+            let said = format!("{}{}", answer.stdout, answer.stderr);
+            assert!(answer.status != 0 && said.contains(kind), "{fault:?} of {kind}: {said}");
+            proxy.clear();
+        }
+    }
+    for (fault, named) in [(Fault::DENIED, "AccessDenied"), (Fault::NO_BUCKET, "NoSuchBucket")] {
+        for operation in ["GET", "LIST"] {
+            proxy.add(Rule::new(fault.clone()).on(operation));
+            let answer = host.refused(&["plan", "shop", "--to", "latest"]);
+            assert!(answer.stderr.contains(named), "{operation}: {answer:?}");
+            proxy.clear();
+        }
+    }
+}
+
+/// A listing that lacks what was just stored leads to nothing: neither to a gap nor to a server that is not followed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_listing_is_not_believed() {
+    let mut scene = Scene::new().await;
+    scene.proxy.add(Rule::new(Fault::StaleList(Duration::from_secs(5))).on("LIST"));
+    for _ in 0..3 {
+        write(&scene.cluster, 5_000);
+        let end = write(&scene.cluster, 100);
+        scene.running.wait_stored(end).await;
+        scene.running.stop().await;
+        let settings = Settings { coverage_interval: Duration::from_secs(1), ..Settings::default() };
+        scene.running = Running::start_with(&scene.repository, config(&scene.cluster), settings).await;
+    }
+    assert!(scene.proxy.faults() > 3);
+    scene.proxy.clear();
+    let end = write(&scene.cluster, 100);
+    scene.all_is_stored(end).await;
     scene.running.stop().await;
 }

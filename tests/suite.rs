@@ -20,6 +20,7 @@ mod base_backup;
 mod cli;
 mod crash;
 mod daemon;
+mod damage;
 mod end_to_end;
 mod harness;
 mod incarnation;

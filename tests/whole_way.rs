@@ -11,7 +11,7 @@ use crate::common::postgres::{Cluster, Stop};
 use crate::common::{MAJORS, NEWEST, compare, wait};
 
 /// Waits until all that was written is acknowledged by the archive.
-fn wait_stored(cluster: &Cluster) {
+pub fn wait_stored(cluster: &Cluster) {
     let end = cluster.flush_lsn();
     wait::until("everything to be stored", 60, || {
         let flushed = "SELECT min(flush_lsn) FROM pg_stat_replication WHERE application_name LIKE 'pgrecall%'";
@@ -20,33 +20,33 @@ fn wait_stored(cluster: &Cluster) {
 }
 
 /// The server's clock, in a form that a target takes; a commit after it makes it a moment of the past.
-fn moment(cluster: &Cluster) -> String {
+pub fn moment(cluster: &Cluster) -> String {
     let now = cluster.query("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY-MM-DD HH24:MI:SS.US') || 'Z'");
     cluster.query("SELECT pg_sleep(0.01)");
     now
 }
 
 /// Restores by the command; gives its report.
-fn restore(host: &Pgrecall, to: &str, into: &Path, more: &[&str]) -> Value {
+pub fn restore(host: &Pgrecall, to: &str, into: &Path, more: &[&str]) -> Value {
     wait::until(&format!("{to} to be restorable"), 60, || host.try_run(&["plan", "shop", "--to", to]).status == 0);
     let into = into.display().to_string();
     host.json(&[&["restore", "shop", "--to", to, "--into", &into], more].concat())
 }
 
 /// The server that a restore left.
-struct Left {
+pub struct Left {
     pid: u32,
     psql: Vec<String>,
 }
 
 impl Left {
-    fn of(report: &Value) -> Left {
+    pub fn of(report: &Value) -> Left {
         let pid = report["pid"].as_u64().unwrap_or_else(|| panic!("a server runs: {report}"));
         let psql = report["psql"].as_str().expect("how to connect").split(' ').skip(1).map(str::to_owned).collect();
         Left { pid: u32::try_from(pid).expect("a process id"), psql }
     }
 
-    fn query(&self, cluster: &Cluster, sql: &str) -> String {
+    pub fn query(&self, cluster: &Cluster, sql: &str) -> String {
         crate::common::postgres::run(cluster.tool("psql").args(&self.psql).args(["-XAtc", sql])).trim().to_owned()
     }
 }

@@ -91,7 +91,7 @@ pub async fn load(environment: &Environment) -> Result<Option<StoreState>, Failu
         Err(failure) if failure.code == Code::NotFound => return Ok(None),
         Err(failure) => return Err(failure),
     };
-    let Some(current) = identity::current(&repository).await? else { return Ok(None) };
+    let Some(current) = identity::list_sound(&repository).await?.pop() else { return Ok(None) };
     load_incarnation(&repository, &current).await.map(Some)
 }
 
@@ -102,10 +102,9 @@ async fn load_incarnation(repository: &Repository, current: &KnownIncarnation) -
     let stream = timeline.and_then(|timeline| newest_stream(&wal.ranges, timeline, size));
     let (backups, damaged_backups) = load_backups(repository, current).await?;
     let gaps = catalogue::list_gaps(repository, incarnation).await?;
-    // Where a backup cannot be read, the others are listed all the same.
     let survey = match timeline {
-        Some(_) if damaged_backups.is_empty() => Some(window::survey(repository, current).await?),
-        _ => None,
+        Some(_) => Some(window::survey(repository, current).await?),
+        None => None,
     };
     let intervals = survey.as_ref().map(|survey| intervals_of(survey, &gaps)).unwrap_or_default();
     let tails = survey.map(|survey| survey.tails).unwrap_or_default();

@@ -292,7 +292,10 @@ pub async fn plan_any(
     request: &Request,
     ordinal: Option<u32>,
 ) -> Result<Located, Failure> {
-    let all = identity::list(repository).await?;
+    let all = match ordinal {
+        Some(_) => identity::list(repository).await?,
+        None => identity::list_sound(repository).await?,
+    };
     let ordinals = all.iter().map(|known| known.incarnation.ordinal.to_string()).collect::<Vec<_>>().join(", ");
     let Some(newest) = all.last() else {
         return Err(Failure::new(Code::NotFound, format!("plan a restore of {environment}: nothing is stored yet")));

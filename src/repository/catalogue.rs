@@ -120,15 +120,23 @@ pub async fn list_backup_marks(
     Ok(found.into_values().collect())
 }
 
-/// The backups that exist, by their stop position.
+/// The backups that exist and can be read, by their stop position. One that is damaged is named in the log; it does not
+/// keep anybody from using the others.
 pub async fn list_backups(
     repository: &Repository,
     incarnation: Incarnation,
 ) -> Result<Vec<BackupCommit>, RepositoryError> {
     let mut backups = Vec::new();
     for marks in list_backup_marks(repository, incarnation).await? {
-        if marks.exists() {
-            backups.push(load_backup(repository, incarnation, &marks.id).await?);
+        if !marks.exists() {
+            continue;
+        }
+        match load_backup(repository, incarnation, &marks.id).await {
+            Ok(commit) => backups.push(commit),
+            Err(error) if error.is_corrupt() => {
+                tracing::warn!(backup = %marks.id, %error, "a backup is damaged: it is passed over")
+            }
+            Err(error) => return Err(error),
         }
     }
     backups.sort_by_key(|b| (b.timeline, b.stop_lsn));
@@ -177,13 +185,18 @@ pub async fn write_gap(repository: &Repository, incarnation: Incarnation, gap: &
     repository.write_fact(&key, Kind::Gap, gap).await
 }
 
-/// All recorded gaps.
+/// All recorded gaps. The name of a record tells its place; a damaged one has lost the cause only.
 pub async fn list_gaps(repository: &Repository, incarnation: Incarnation) -> Result<Vec<Gap>, RepositoryError> {
     let mut gaps = Vec::new();
     for object in repository.store().list(&prefix::gaps(incarnation)).await? {
-        if layout::parse_gap(&object.key).is_some() {
-            gaps.push(repository.read_fact(&object.key, Kind::Gap).await?);
-        }
+        let Some((timeline, start_lsn, end_lsn)) = layout::parse_gap(&object.key) else { continue };
+        gaps.push(match repository.read_fact(&object.key, Kind::Gap).await {
+            Err(error) if error.is_corrupt() => {
+                let found_at = object.last_modified.into();
+                Gap { timeline, start_lsn, end_lsn, found_at, cause: format!("its record is damaged ({error})") }
+            }
+            gap => gap?,
+        });
     }
     Ok(gaps)
 }

@@ -4,6 +4,8 @@
 //! `lsn` is stored, every moment up to `server_time` less `margin_micros` is. A claim speaks only for its own timeline and
 //! run of that server's clock. Coverage cannot be rebuilt from WAL.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::codec::Kind;
@@ -51,21 +53,34 @@ pub async fn newest(
     timeline: TimelineId,
 ) -> Result<Vec<Claim>, RepositoryError> {
     let listed = repository.store().list(&prefix::coverage_timeline(incarnation, timeline)).await?;
-    let mut last = std::collections::BTreeMap::new();
+    let mut runs: BTreeMap<u32, Vec<(CoverageName, Key)>> = BTreeMap::new();
     for object in listed {
         if let Some(name) = layout::parse_coverage(&object.key) {
-            let newer = last
-                .get(&name.run)
-                .is_none_or(|(old, _): &(CoverageName, Key)| (old.lsn, old.server_time) < (name.lsn, name.server_time));
-            if newer {
-                last.insert(name.run, (name, object.key));
-            }
+            runs.entry(name.run).or_default().push((name, object.key));
         }
     }
     let mut claims = Vec::new();
-    for (_, key) in last.into_values() {
-        claims.push(repository.read_fact::<Claim>(&key, Kind::Coverage).await?);
+    for mut run in runs.into_values() {
+        run.sort_by_key(|(name, _)| (name.lsn, name.server_time));
+        claims.extend(last_readable(repository, run.iter().rev().map(|(_, key)| key)).await?);
     }
     claims.sort_by_key(|c| (c.lsn, c.server_time));
     Ok(claims)
+}
+
+/// The first claim that can be read: what a damaged one says more than the one before it is not covered.
+async fn last_readable<'a>(
+    repository: &Repository,
+    newest_first: impl Iterator<Item = &'a Key>,
+) -> Result<Option<Claim>, RepositoryError> {
+    for key in newest_first {
+        match repository.read_fact(key, Kind::Coverage).await {
+            Ok(claim) => return Ok(Some(claim)),
+            Err(error) if error.is_corrupt() => {
+                tracing::warn!(%error, "a coverage claim is damaged: the one before it counts")
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
 }

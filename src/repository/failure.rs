@@ -6,10 +6,14 @@ use crate::error::{Code, Failure};
 
 impl From<RepositoryError> for Failure {
     fn from(error: RepositoryError) -> Failure {
-        let text = error.to_string();
+        let (text, hint) = (error.to_string(), error.hint());
         match error {
             RepositoryError::Store(error) => store_failure(&error, text),
             RepositoryError::Corrupt { .. } | RepositoryError::Malformed { .. } => Failure::new(Code::Corrupt, text),
+            RepositoryError::IdentityGone(_) => {
+                let failure = Failure::new(Code::Corrupt, text);
+                hint.map_or(failure.clone(), |hint| failure.hint(hint))
+            }
             RepositoryError::Missing(_) => Failure::new(Code::NotFound, format!("open the repository: {text}"))
                 .hint("The daemon makes it when it first stores WAL; or `repository` names another place."),
             RepositoryError::Version { .. } => {
@@ -31,7 +35,7 @@ fn store_failure(error: &StoreError, text: String) -> Failure {
     let code = match error {
         StoreError::Settings(_) => Code::Configuration,
         StoreError::NotFound { .. } => Code::NotFound,
-        StoreError::TooLarge { .. } => Code::Corrupt,
+        StoreError::TooShort { .. } | StoreError::TooLarge { .. } => Code::Corrupt,
         StoreError::Refused { .. } | StoreError::Unavailable { .. } => Code::Store,
     };
     let failure = Failure::new(code, text);

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::codec::{Codec, CodecError, Kind};
 use super::crypto::{DataKey, MasterKey};
-use super::layout::{self, Key, prefix};
+use super::layout::{self, Incarnation, Key, prefix};
 use super::store::{Store, StoreError};
 use crate::util::digest::{hex, unhex};
 
@@ -19,6 +19,8 @@ pub const FORMAT_VERSION: u32 = 1;
 /// Facts (marks, leases, identities, claims) are small.
 const FACT_BYTES_MAX: u64 = 1 << 20;
 const DATA_KEY_ID: u32 = 1;
+/// How a data key is wrapped.
+const WRAP: &str = "aes-256-gcm";
 
 /// The content of `format.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +49,8 @@ pub enum RepositoryError {
     Corrupt { key: String, source: CodecError },
     #[error("read {key}: {reason}")]
     Malformed { key: String, reason: String },
+    #[error("read identity/{0}: the object is gone, and all that belongs to it is not found without it")]
+    IdentityGone(Incarnation),
     #[error("there is no repository at {0}")]
     Missing(String),
     #[error("the repository at {place} has format version {found}, this program reads version {FORMAT_VERSION}")]
@@ -74,13 +78,20 @@ impl RepositoryError {
     pub fn hint(&self) -> Option<&'static str> {
         match self {
             RepositoryError::Store(e) => e.hint(),
+            RepositoryError::IdentityGone(_) => Some(
+                "The daemon writes it again when it reaches the cluster; else put it back from an older version of the object.",
+            ),
             _ => None,
         }
     }
 
     /// Bytes in the store are not what they should be.
     pub fn is_corrupt(&self) -> bool {
-        matches!(self, RepositoryError::Corrupt { .. } | RepositoryError::Malformed { .. })
+        match self {
+            RepositoryError::Corrupt { .. } | RepositoryError::Malformed { .. } => true,
+            RepositoryError::Store(e) => e.is_wrong_length(),
+            _ => false,
+        }
     }
 }
 
@@ -217,11 +228,20 @@ pub(super) fn to_json(value: &impl Serialize) -> Vec<u8> {
     bytes
 }
 
+/// Reads plain JSON; damaged text is read once more before it counts.
 async fn read_json<T: DeserializeOwned>(store: &Store, key: &Key) -> Result<Option<T>, RepositoryError> {
-    match store.get(key, FACT_BYTES_MAX).await {
-        Ok(bytes) => parse_json(key, &bytes).map(Some),
+    let read = || async {
+        let bytes = store.get(key, FACT_BYTES_MAX).await?;
+        parse_json(key, &bytes)
+    };
+    let read = match read().await {
+        Err(e) if e.is_corrupt() => read().await,
+        read => read,
+    };
+    match read {
+        Ok(value) => Ok(Some(value)),
         Err(e) if e.is_not_found() => Ok(None),
-        Err(e) => Err(e.into()),
+        Err(e) => Err(e),
     }
 }
 
@@ -235,24 +255,38 @@ async fn create_data_key(store: &Store, master: &MasterKey) -> Result<(), Reposi
 
 async fn put_wrapped(store: &Store, data_key: &DataKey, master: &MasterKey) -> Result<(), RepositoryError> {
     let key = Key::data_key(data_key.id(), &master.fingerprint());
-    let wrapped = hex(&master.wrap(data_key, key.as_str()));
-    let fact = WrappedKey { key_id: data_key.id(), wrap: "aes-256-gcm".into(), master: master.fingerprint(), wrapped };
+    let fact = wrapped_key(data_key.id(), master, &master.wrap(data_key, key.as_str()));
     store.put(&key, to_json(&fact)).await?;
     Ok(())
+}
+
+fn wrapped_key(key_id: u32, master: &MasterKey, wrapped: &[u8]) -> WrappedKey {
+    WrappedKey { key_id, wrap: WRAP.into(), master: master.fingerprint(), wrapped: hex(wrapped) }
 }
 
 async fn load_data_key(store: &Store, master: &MasterKey) -> Result<DataKey, RepositoryError> {
     let listed = store.list(prefix::KEYS).await?;
     let wraps: Vec<_> = listed.iter().filter_map(|o| Some((&o.key, layout::parse_data_key(&o.key)?))).collect();
-    let Some((key, _)) = wraps.iter().find(|(_, (_, by))| *by == master.fingerprint()) else {
+    let Some((key, (id, _))) = wraps.iter().find(|(_, (_, by))| *by == master.fingerprint()) else {
         let found = wraps.iter().map(|(_, (_, by))| by.as_str()).collect::<Vec<_>>().join(", ");
         let (place, configured) = (store.place().to_owned(), master.fingerprint());
         return Err(RepositoryError::OtherMasterKey { place, found, configured });
     };
-    let bytes = store.get(key, FACT_BYTES_MAX).await?;
-    let fact: WrappedKey = parse_json(key, &bytes)?;
-    let wrapped = unhex(&fact.wrapped).unwrap_or_default();
-    master.unwrap(fact.key_id, &wrapped, key.as_str()).map_err(|e| corrupt(key, e.into()))
+    let read = || async {
+        let gone = || StoreError::NotFound { action: "read", key: key.as_str().to_owned() };
+        let fact = read_json::<WrappedKey>(store, key).await?.ok_or_else(gone)?;
+        let wrapped = unhex(&fact.wrapped).unwrap_or_default();
+        let written = wrapped_key(*id, master, &wrapped);
+        if fact != written {
+            let reason = "it is not as it was written".to_owned();
+            return Err(RepositoryError::Malformed { key: key.as_str().to_owned(), reason });
+        }
+        master.unwrap(fact.key_id, &wrapped, key.as_str()).map_err(|e| corrupt(key, e.into()))
+    };
+    match read().await {
+        Err(e) if e.is_corrupt() => read().await,
+        read => read,
+    }
 }
 
 #[cfg(test)]

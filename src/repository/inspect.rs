@@ -19,7 +19,7 @@ use super::catalogue::{self, WalListing, WalObject};
 use super::codec::{CodecError, HEADER_BYTES, Header, Kind};
 use super::format::{Repository, RepositoryError};
 use super::identity::{self, KnownIncarnation};
-use super::layout::{ContentHash, Incarnation, Key, prefix};
+use super::layout::{BackupMark, ContentHash, Incarnation, Key, prefix};
 use super::tables::TableReader;
 use super::wal_object;
 
@@ -135,9 +135,16 @@ pub async fn inspect(
 ) -> Result<Report, RepositoryError> {
     let mut report = Report::default();
     let mut readable = BTreeMap::new();
-    for known in identity::list(repository).await? {
-        let inspection = Inspection { repository, known: &known };
-        inspection.look(&mut report, &mut readable).await?;
+    let names = identity::names(repository).await?;
+    for incarnation in names.known {
+        let key = Key::identity(incarnation);
+        if let Some(known) = report.note(key.as_str(), identity::load(repository, incarnation).await)? {
+            Inspection { repository, known: &known }.look(&mut report, &mut readable).await?;
+        }
+    }
+    for incarnation in names.lost {
+        let key = Key::identity(incarnation);
+        report.add(Severity::Problem, key.as_str(), "it is missing: nothing of its incarnation is found without it");
     }
     if settings.read_percent > 0 {
         read_data(repository, settings, readable, &mut report, &mut progress).await?;
@@ -164,7 +171,7 @@ impl Inspection<'_> {
         self.wal_headers(&wal, report).await?;
         self.continuity(&backups, &wal, report).await?;
         for commit in backups {
-            let key = Key::backup(incarnation, &commit.id, &super::layout::BackupMark::Commit);
+            let key = Key::backup(incarnation, &commit.id, &BackupMark::Commit);
             let bytes = commit.tables.tables.iter().map(|t| u64::from(t.frame.stored_bytes)).sum();
             readable.insert(key.as_str().to_owned(), (bytes, Readable::Tables(incarnation, Box::new(commit))));
         }
@@ -182,6 +189,11 @@ impl Inspection<'_> {
         let mut backups = Vec::new();
         for marks in catalogue::list_backup_marks(self.repository, self.known.incarnation).await? {
             if !marks.exists() {
+                if !marks.marks.contains(&BackupMark::Dropped) {
+                    let what =
+                        "it was begun and has no commit object: it is being taken, was broken off, or has lost it";
+                    report.add(Severity::Note, format!("backup {}", marks.id), what);
+                }
                 continue;
             }
             let loaded = catalogue::load_backup(self.repository, self.known.incarnation, &marks.id).await;
@@ -230,7 +242,8 @@ impl Inspection<'_> {
             }
         }
         let checks = futures::stream::iter(present).map(|(key, entry)| async move {
-            let header = self.header(&key, Kind::Pack, entry.bytes).await;
+            let fits = |header: &Header| header.salt == entry.pack.salt && header.digest == entry.digest;
+            let header = self.header(&key, Kind::Pack, entry.bytes, fits).await;
             (key, entry, header)
         });
         let mut checks = checks.buffer_unordered(HEADERS_AT_ONCE);
@@ -246,8 +259,10 @@ impl Inspection<'_> {
     }
 
     async fn wal_headers(&self, wal: &WalListing, report: &mut Report) -> Result<(), RepositoryError> {
-        let checks = futures::stream::iter(&wal.ranges)
-            .map(|object| async move { (object, self.header(&object.key, Kind::Wal, object.bytes).await) });
+        let checks = futures::stream::iter(&wal.ranges).map(|object| async move {
+            let fits = |header: &Header| tells_of(header, object);
+            (object, self.header(&object.key, Kind::Wal, object.bytes, fits).await)
+        });
         let mut checks = checks.buffer_unordered(HEADERS_AT_ONCE);
         while let Some((object, header)) = checks.next().await {
             report.wal_objects += 1;
@@ -258,16 +273,30 @@ impl Inspection<'_> {
                 continue;
             }
             let Some(header) = report.note(object.key.as_str(), header)? else { continue };
-            let length = object.range.to.saturating_sub(object.range.from);
-            if header.content_bytes != length || ContentHash::of(&header.digest) != object.range.hash {
+            if !tells_of(&header, object) {
                 report.add(Severity::Problem, object.key.as_str(), "its header tells of other content than its name");
             }
         }
         Ok(())
     }
 
-    /// Reads and checks the header of an object of `stored` bytes.
-    async fn header(&self, key: &Key, kind: Kind, stored: u64) -> Result<Header, RepositoryError> {
+    /// Reads and checks the header of an object of `stored` bytes; one that is damaged, or another than it should be, is
+    /// read once more before it counts.
+    async fn header(
+        &self,
+        key: &Key,
+        kind: Kind,
+        stored: u64,
+        fits: impl Fn(&Header) -> bool,
+    ) -> Result<Header, RepositoryError> {
+        match self.read_header(key, kind, stored).await {
+            Err(e) if e.is_corrupt() => self.read_header(key, kind, stored).await,
+            Ok(header) if !fits(&header) => self.read_header(key, kind, stored).await,
+            read => read,
+        }
+    }
+
+    async fn read_header(&self, key: &Key, kind: Kind, stored: u64) -> Result<Header, RepositoryError> {
         let wrong = |source| RepositoryError::Corrupt { key: key.as_str().to_owned(), source };
         if stored < HEADER_BYTES as u64 {
             return Err(wrong(CodecError::NoHeader));
@@ -316,6 +345,12 @@ impl Inspection<'_> {
         }
         Ok(())
     }
+}
+
+/// Whether a header says what the name says.
+fn tells_of(header: &Header, object: &WalObject) -> bool {
+    let length = object.range.to.saturating_sub(object.range.from);
+    header.content_bytes == length && ContentHash::of(&header.digest) == object.range.hash
 }
 
 /// Reads objects in the order of their keys.

@@ -40,14 +40,25 @@ pub async fn read_segment(
     size: SegmentSize,
     objects: &[WalObject],
 ) -> Result<Bytes, RepositoryError> {
-    let gone = match read_covering(repository, size, objects).await {
+    read_bounds(repository, incarnation, size, objects, 0..size.bytes()).await
+}
+
+/// As [`read_segment`], for `bounds` in the segment.
+pub async fn read_bounds(
+    repository: &Repository,
+    incarnation: Incarnation,
+    size: SegmentSize,
+    objects: &[WalObject],
+    bounds: Range<u64>,
+) -> Result<Bytes, RepositoryError> {
+    let gone = match read_covering(repository, objects, bounds.clone()).await {
         Err(error) if error.is_not_found() => error,
         result => return result,
     };
     let Some(first) = objects.first() else { return Err(gone) };
     let (timeline, segment) = (first.range.timeline, first.range.segment);
     let fresh = list_segment(repository, incarnation, timeline, segment, size).await?;
-    read_covering(repository, size, &fresh).await
+    read_covering(repository, &fresh, bounds).await
 }
 
 /// The stored ranges of one segment, freshly listed.
@@ -64,23 +75,24 @@ pub async fn list_segment(
 
 async fn read_covering(
     repository: &Repository,
-    size: SegmentSize,
     objects: &[WalObject],
+    bounds: Range<u64>,
 ) -> Result<Bytes, RepositoryError> {
     let ranges: Vec<&WalRange> = objects.iter().map(|o| &o.range).collect();
-    let (chosen, _) = cover(&ranges, 0..size.bytes());
-    let mut whole = BytesMut::new();
+    let (chosen, _) = cover(&ranges, bounds.clone());
+    let mut bytes = BytesMut::new();
     for range in chosen {
         let Some(object) = objects.iter().find(|o| o.range == *range) else { continue };
         let content = read_range(repository, object).await?;
-        if range.whole {
+        let known = bounds.start.saturating_add(bytes.len() as u64).saturating_sub(range.from);
+        let wanted = bounds.end.min(range.to).saturating_sub(range.from);
+        let (known, wanted) = (usize::try_from(known).unwrap_or(usize::MAX), usize::try_from(wanted).unwrap_or(0));
+        if (known, wanted) == (0, content.len()) && (range.from, range.to) == (bounds.start, bounds.end) {
             return Ok(content);
         }
-        let known = (whole.len() as u64).saturating_sub(range.from);
-        let fresh = usize::try_from(known).ok().and_then(|known| content.get(known..)).unwrap_or_default();
-        whole.extend_from_slice(fresh);
+        bytes.extend_from_slice(content.get(known..wanted).unwrap_or_default());
     }
-    Ok(whole.freeze())
+    Ok(bytes.freeze())
 }
 
 #[cfg(test)]

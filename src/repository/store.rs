@@ -18,6 +18,14 @@ use super::layout::Key;
 use super::location::Location;
 use crate::util::retry::Backoff;
 
+const CUT: &str = "the answer was cut";
+/// What is said of an object that ends before the bytes that were asked for: by us, by the local store, by S3.
+const SHORT: [&str; 3] = [CUT, "Requested range was invalid", "InvalidRange"];
+/// An answer that was cut on its way is whole the next time.
+const ATTEMPTS_SHORT: u32 = 3;
+const BACKOFF_MIN: Duration = Duration::from_millis(50);
+const BACKOFF_MAX: Duration = Duration::from_secs(2);
+
 /// How long and how often an operation may try.
 #[derive(Debug, Clone)]
 pub struct StoreSettings {
@@ -46,6 +54,9 @@ pub enum StoreError {
     Refused { action: &'static str, key: String, reason: String, hint: &'static str },
     #[error("{action} {key}: {reason} (after {attempts} attempts)")]
     Unavailable { action: &'static str, key: String, reason: String, attempts: u32 },
+    /// It ends before the bytes that were asked for, however often.
+    #[error("{action} {key}: the object is too short: {reason}")]
+    TooShort { action: &'static str, key: String, reason: String },
     #[error("{action} {key}: the object has {bytes} bytes, more than the {limit} that it may have")]
     TooLarge { action: &'static str, key: String, bytes: u64, limit: u64 },
 }
@@ -58,6 +69,11 @@ impl StoreError {
     /// Whether the same call may work later without anybody doing anything.
     pub fn is_retryable(&self) -> bool {
         matches!(self, StoreError::Unavailable { .. })
+    }
+
+    /// What is stored has not the length that it should have.
+    pub fn is_wrong_length(&self) -> bool {
+        matches!(self, StoreError::TooShort { .. } | StoreError::TooLarge { .. })
     }
 
     pub fn hint(&self) -> Option<&'static str> {
@@ -133,7 +149,8 @@ impl Store {
             let bytes = result.bytes().await?;
             if bytes.len() as u64 == declared { Ok(Ok(bytes)) } else { Err(cut(declared, bytes.len())) }
         };
-        match self.attempt("read", key.as_str(), limit.min(64 << 20), attempt).await? {
+        let read = self.attempt_known("read", key.as_str(), limit.min(64 << 20), attempt).await?;
+        match read {
             Ok(bytes) => Ok(bytes),
             Err(bytes) => Err(StoreError::TooLarge { action: "read", key: key.as_str().into(), bytes, limit }),
         }
@@ -149,7 +166,7 @@ impl Store {
             let bytes = self.inner.get_opts(&path, options).await?.bytes().await?;
             if bytes.len() as u64 == wanted { Ok(bytes) } else { Err(cut(wanted, bytes.len())) }
         };
-        self.attempt("read", key.as_str(), wanted, attempt).await
+        self.attempt_known("read", key.as_str(), wanted, attempt).await
     }
 
     /// Size, time and tag, or `None` when the object does not exist.
@@ -200,6 +217,21 @@ impl Store {
         Some(Object { key: Key::listed(name), bytes, last_modified, e_tag })
     }
 
+    /// As [`Store::attempt`], of an object that somebody knows of: one that was just written may not be there at once.
+    async fn attempt_known<T, F, R>(&self, action: &'static str, key: &str, bytes: u64, run: F) -> Result<T, StoreError>
+    where
+        F: Fn() -> R,
+        R: Future<Output = object_store::Result<T>>,
+    {
+        match self.attempt(action, key, bytes, &run).await {
+            Err(error) if error.is_not_found() => {
+                tokio::time::sleep(BACKOFF_MIN).await;
+                self.attempt(action, key, bytes, run).await
+            }
+            result => result,
+        }
+    }
+
     async fn attempt<T, F, R>(&self, action: &'static str, key: &str, bytes: u64, run: F) -> Result<T, StoreError>
     where
         F: Fn() -> R,
@@ -207,7 +239,7 @@ impl Store {
     {
         let moving = Duration::from_secs(bytes / self.settings.bytes_per_second_min.max(1));
         let limit = self.settings.attempt_timeout + moving;
-        let mut backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(2));
+        let mut backoff = Backoff::new(BACKOFF_MIN, BACKOFF_MAX);
         let mut attempts = 0;
         loop {
             attempts += 1;
@@ -219,6 +251,10 @@ impl Store {
                 },
                 Err(_) => format!("no answer within {} s", limit.as_secs()),
             };
+            let short = SHORT.iter().any(|text| reason.contains(text));
+            if short && attempts >= ATTEMPTS_SHORT {
+                return Err(StoreError::TooShort { action, key: key.to_owned(), reason });
+            }
             if attempts >= self.settings.attempts_max {
                 return Err(StoreError::Unavailable { action, key: key.to_owned(), reason, attempts });
             }
@@ -229,7 +265,7 @@ impl Store {
 }
 
 fn cut(declared: u64, got: usize) -> object_store::Error {
-    let source = format!("the answer was cut: {got} of {declared} bytes").into();
+    let source = format!("{CUT}: {got} of {declared} bytes").into();
     object_store::Error::Generic { store: "store", source }
 }
 

@@ -1,10 +1,12 @@
-//! Whether WAL is there without a hole, from the oldest backup of each timeline to its end.
+//! Whether WAL is there without a hole, from the oldest backup of each timeline to its end; and whether the end is as far
+//! as it was once: a coverage claim is written only when all WAL up to its position is stored.
 
 use super::{Inspection, Report, RepositoryError, Severity};
 use crate::pg::timeline::HistoryFile;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::repository::backup_object::BackupCommit;
 use crate::repository::catalogue::{self, Gap, WalListing};
+use crate::repository::layout::{parse_coverage, prefix};
 use crate::repository::wal_object;
 
 /// What a backup, or a timeline that branched off, needs.
@@ -33,11 +35,20 @@ impl Inspection<'_> {
     ) -> Result<(), RepositoryError> {
         let (incarnation, size) = (self.known.incarnation, self.known.identity.segment_size);
         let histories = self.histories(wal, report).await?;
-        let mut holes = holes(&needed(backups, &histories, wal, size), wal, size);
+        let claimed = self.claimed().await?;
+        let needed = |wal: &WalListing| {
+            let mut needed = needed(backups, &histories, wal, size);
+            for need in &mut needed {
+                let claimed = claimed.iter().filter(|(timeline, _)| *timeline == need.timeline).map(|(_, lsn)| *lsn);
+                need.end = claimed.fold(need.end, Lsn::max);
+            }
+            needed
+        };
+        let mut holes = holes(&needed(wal), wal, size);
         if !holes.is_empty() {
             // A hole is believed when a second listing shows it too.
             let again = catalogue::list_wal(self.repository, incarnation, size).await?;
-            holes = self::holes(&needed(backups, &histories, &again, size), &again, size);
+            holes = self::holes(&needed(&again), &again, size);
         }
         let gaps =
             if holes.is_empty() { Vec::new() } else { catalogue::list_gaps(self.repository, incarnation).await? };
@@ -49,6 +60,12 @@ impl Inspection<'_> {
             }
         }
         Ok(())
+    }
+
+    /// How far each claim says that WAL is stored.
+    async fn claimed(&self) -> Result<Vec<(TimelineId, Lsn)>, RepositoryError> {
+        let listed = self.repository.store().list(&prefix::coverage(self.known.incarnation)).await?;
+        Ok(listed.iter().filter_map(|o| parse_coverage(&o.key)).map(|claim| (claim.timeline, claim.lsn)).collect())
     }
 
     async fn histories(
