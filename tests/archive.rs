@@ -45,7 +45,13 @@ impl Running {
         connect: pgrecall::replication::ConnectConfig,
         settings: Settings,
     ) -> Running {
-        let lease = Lease { host: "h".into(), pid: std::process::id(), started_at: Timestamp(0), version: "t".into() };
+        let lease = Lease {
+            host: "h".into(),
+            pid: std::process::id(),
+            started_at: Timestamp(0),
+            version: "t".into(),
+            store: None,
+        };
         let generation = generation::take(repository, &lease).await.expect("take a generation");
         let (status, receiver) = watch::channel(ArchiveStatus::default());
         let repository = repository.clone();

@@ -92,7 +92,8 @@ impl Place {
     }
 
     async fn back_up(&self, cluster: &Cluster, source: &mut dyn Source) -> Result<BackupReport, BackupError> {
-        let lease = generation::Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "1".into() };
+        let lease =
+            generation::Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "1".into(), store: None };
         let mut session = session(cluster).await;
         let job = FullBackup {
             repository: self.repository.clone(),
@@ -253,7 +254,8 @@ async fn a_standby_without_a_restartpoint_in_the_stored_wal_is_not_waited_for_fo
     let stored = StoredStream { timeline: TimelineId(1), start_lsn: primary.flush_lsn(), end_lsn: Lsn(1 << 29) };
     let status = ArchiveStatus { state: State::Streaming, stored: Some(stored), ..ArchiveStatus::default() };
     let (_sender, archive) = tokio::sync::watch::channel(status);
-    let lease = generation::Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "1".into() };
+    let lease =
+        generation::Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "1".into(), store: None };
     let hosts = [config(&standby).hosts, config(&primary).hosts].concat();
     let job = BackupJob {
         repository: place.repository.clone(),

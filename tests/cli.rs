@@ -120,6 +120,19 @@ fn a_slot_is_dropped_once_and_an_incarnation_needs_a_confirmation() {
     let unowned = &report["environments"][0]["unowned_slots"];
     assert_eq!((unowned.as_array().map(Vec::len), &unowned[0]["slot"]), (Some(1), &"pgrecall_forgotten".into()));
     cluster.query("SELECT pg_drop_replication_slot('pgrecall_forgotten')");
+    assert_eq!(report["environments"][0]["unlimited_wal"], serde_json::json!([]));
+    cluster.query("ALTER SYSTEM SET max_slot_wal_keep_size = -1");
+    cluster.query("SELECT pg_reload_conf()");
+    let check = pgrecall(&["--config", &config, "config", "check", "--json"]);
+    let report: serde_json::Value = serde_json::from_slice(&check.stdout).expect("JSON");
+    let statement =
+        report["environments"][0]["unlimited_wal"][0]["statement"].as_str().expect("a statement").to_owned();
+    for statement in statement.split_inclusive(';') {
+        cluster.query(statement);
+    }
+    let limit =
+        cluster.query("SELECT pg_size_bytes(setting || unit) FROM pg_settings WHERE name = 'max_slot_wal_keep_size'");
+    assert!(limit.parse::<i64>().expect("a number") >= 64 << 20, "{statement}: {limit}");
 
     let run = pgrecall(&["--config", &config, "slot", "drop", "shop"]);
     assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));

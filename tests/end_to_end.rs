@@ -47,7 +47,7 @@ impl World {
     }
 
     pub async fn backup(&self) -> String {
-        let lease = Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "t".into() };
+        let lease = Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "t".into(), store: None };
         let generation = generation::take(&self.repository, &lease).await.expect("generation");
         let job = BackupJob {
             repository: self.repository.clone(),

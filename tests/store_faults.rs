@@ -287,3 +287,29 @@ async fn a_stale_listing_is_not_believed() {
     scene.all_is_stored(end).await;
     scene.running.stop().await;
 }
+
+/// The daemon tries out what the store can do: what it does not need is said, without what it needs nothing is begun.
+#[test]
+fn what_a_store_cannot_do_is_said_at_the_start() {
+    let cluster = Cluster::builder(NEWEST).setting("max_slot_wal_keep_size", "-1").start();
+    let proxy = S3Proxy::start(&Minio::shared());
+    let environment = Environment::new("shop", Place::Bucket(proxy.bucket(), "abilities".into())).cluster(&cluster);
+    let mut host = Pgrecall::new(&[environment]);
+    for text in ["does not delete", "max_slot_wal_keep_size is -1", "reads no ranges"] {
+        host.announce(text);
+    }
+    proxy.add(Rule::new(Fault::DENIED).on("DELETE"));
+    host.start(&[&cluster]);
+    host.wait_logged("the store does not delete", 30);
+    host.wait_logged("ALTER SYSTEM SET max_slot_wal_keep_size = '", 30);
+    host.wait_for_backup("shop");
+    host.stop();
+    proxy.clear();
+    proxy.add(Rule::new(Fault::DENIED).on("GET").key("/probe/"));
+    host.start_without_waiting();
+    host.wait_logged("reads no ranges of objects", 30);
+    proxy.clear();
+    // It begins by itself when the store can do it after all.
+    host.wait_logged("delete: true", 60);
+    host.stop();
+}

@@ -190,7 +190,8 @@ impl Bench {
 }
 
 async fn take_generation(repository: &Repository) -> Generation {
-    let lease = generation::Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "1".into() };
+    let lease =
+        generation::Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "1".into(), store: None };
     generation::take(repository, &lease).await.expect("a generation")
 }
 

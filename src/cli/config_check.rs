@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use super::Context;
 use crate::config::{Config, ConfigError, Environment, Problem, SecretRef};
-use crate::daemon::slots;
+use crate::daemon::slots::{self, UnlimitedWal};
 use crate::error::{Code, Failure};
 use crate::replication::ConnectConfig;
 
@@ -32,6 +32,8 @@ struct EnvironmentReport {
     unreadable: Vec<String>,
     /// Slots of ours on the environment's hosts that no environment of the configuration owns.
     unowned_slots: Vec<UnownedSlot>,
+    /// Servers that keep WAL for slots until the disk is full.
+    unlimited_wal: Vec<UnlimitedWal>,
     /// Why the server could not be asked.
     server: Option<String>,
 }
@@ -82,9 +84,13 @@ async fn look_at(environment: &Environment, owned: &BTreeSet<String>) -> Environ
         s3.session_token.as_ref(),
     ];
     let unreadable = |secret: &SecretRef| secret.load().err().map(|error| format!("{}: {error}", environment.name));
-    let (unowned_slots, server) = ask_for_slots(environment, owned).await;
+    let (found, server) = ask_for_slots(environment, owned).await;
+    let unowned = found.unowned.into_iter();
     EnvironmentReport {
-        unowned_slots,
+        unowned_slots: unowned
+            .map(|found| UnownedSlot { host: found.host, slot: found.slot, active: found.active })
+            .collect(),
+        unlimited_wal: found.unlimited,
         server,
         name: environment.name.to_string(),
         repository: environment.location.to_string(),
@@ -94,17 +100,13 @@ async fn look_at(environment: &Environment, owned: &BTreeSet<String>) -> Environ
     }
 }
 
-async fn ask_for_slots(environment: &Environment, owned: &BTreeSet<String>) -> (Vec<UnownedSlot>, Option<String>) {
+async fn ask_for_slots(environment: &Environment, owned: &BTreeSet<String>) -> (slots::Found, Option<String>) {
     // A password that cannot be read is reported among the secrets.
-    let Ok(connect) = environment.connect() else { return (Vec::new(), None) };
+    let Ok(connect) = environment.connect() else { return (slots::Found::default(), None) };
     let connect = ConnectConfig { connect_timeout: connect.connect_timeout.min(CONNECT_TIMEOUT), ..connect };
-    match slots::unowned(&connect, owned).await {
-        Ok(found) => {
-            let found = found.into_iter();
-            let found = found.map(|found| UnownedSlot { host: found.host, slot: found.slot, active: found.active });
-            (found.collect(), None)
-        }
-        Err(error) => (Vec::new(), Some(error.to_string())),
+    match slots::look(&connect, owned).await {
+        Ok(found) => (found, None),
+        Err(error) => (slots::Found::default(), Some(error.to_string())),
     }
 }
 
@@ -119,6 +121,9 @@ fn show(report: &Report) -> String {
         };
         if let Some(server) = &environment.server {
             let _ = write!(text, "\n    the server was not asked: {server}");
+        }
+        for UnlimitedWal { host, statement } in &environment.unlimited_wal {
+            let _ = write!(text, "\n    {host} keeps WAL for slots until its disk is full; to limit it: {statement}");
         }
         for UnownedSlot { host, slot, active } in &environment.unowned_slots {
             let used = if *active { "somebody uses it" } else { "it keeps WAL until the disk is full" };

@@ -10,7 +10,7 @@ use tracing::{Instrument, Span, debug, info, warn};
 
 use super::backups::Backups;
 use super::handle::Request;
-use super::slots;
+use super::slots::{self, UnlimitedWal};
 use super::snapshot::{ArchiveSnapshot, EnvironmentSnapshot, State};
 use super::supervisor::{Body, BodyContext};
 use crate::archive::{self, ArchiveStatus, Archiver};
@@ -19,7 +19,8 @@ use crate::config::Environment;
 use crate::error::{Code, Failure};
 use crate::operations::backup::{BackupJob, STANDBY_WAIT_MAX};
 use crate::repository::generation::{self, Lease};
-use crate::repository::{Generation, Repository};
+use crate::repository::probe::{self, Abilities};
+use crate::repository::{Generation, Repository, RepositoryError};
 use crate::util::clock;
 
 /// One environment with a cluster.
@@ -50,7 +51,8 @@ impl Body for EnvironmentBody {
             snapshot.enter(State::Starting, Some(detail), clock::now().into());
         });
         let repository = self.environment.open_or_create_repository().await?;
-        let generation = take_generation(&repository).await?;
+        let abilities = try_out(&repository).await?;
+        let generation = take_generation(&repository, abilities).await?;
         info!(repository = repository.store().place(), %generation, "repository open");
         let mut archiving = self.start_archiving(&repository, generation, &context)?;
         let job = BackupJob {
@@ -63,11 +65,11 @@ impl Body for EnvironmentBody {
             standby_wait_max: STANDBY_WAIT_MAX,
         };
         let mut backups = Backups::new(job, context.snapshot.clone(), context.cancel.clone());
-        let mut slots = std::pin::pin!(self.name_unowned_slots());
-        let mut slots_named = false;
+        let mut dangers = std::pin::pin!(self.name_dangers());
+        let mut dangers_named = false;
         loop {
             tokio::select! {
-                () = &mut slots, if !slots_named => slots_named = true,
+                () = &mut dangers, if !dangers_named => dangers_named = true,
                 // Ends by itself after `cancel`, when the tail is stored.
                 ended = &mut archiving.task => return match ended {
                     Ok(()) if context.cancel.is_cancelled() => Ok(()),
@@ -88,12 +90,20 @@ impl Body for EnvironmentBody {
 }
 
 impl EnvironmentBody {
-    /// Says which slots of ours nobody looks after. Best effort: the archive says itself when it cannot connect.
-    async fn name_unowned_slots(&self) {
+    /// Says which servers would fill their disks for us, and which slots of ours nobody looks after. Best effort: the archive
+    /// says itself when it cannot connect.
+    async fn name_dangers(&self) {
         let Ok(connect) = self.environment.connect() else { return };
-        match slots::unowned(&connect, &self.owned_slots).await {
+        match slots::look(&connect, &self.owned_slots).await {
             Ok(found) => {
-                for slot in found.iter().filter(|slot| !slot.active) {
+                for UnlimitedWal { host, statement } in &found.unlimited {
+                    warn!(
+                        host,
+                        statement,
+                        "max_slot_wal_keep_size is -1: while the store is away the server keeps WAL until its disk is full"
+                    );
+                }
+                for slot in found.unowned.iter().filter(|slot| !slot.active) {
                     warn!(
                         host = slot.host,
                         slot = slot.slot,
@@ -124,13 +134,31 @@ impl EnvironmentBody {
     }
 }
 
-async fn take_generation(repository: &Repository) -> Result<Generation, Failure> {
+/// What the store can do; without what is needed nothing is begun.
+async fn try_out(repository: &Repository) -> Result<Abilities, Failure> {
+    let place = repository.store().place();
+    let abilities = probe::probe(repository.store()).await.map_err(RepositoryError::from)?;
+    debug!(store = place, ?abilities, "the store was tried out");
+    if !abilities.delete {
+        warn!(store = place, "the store does not delete: parts of WAL and backups past their time stay");
+    }
+    let lacks = [(abilities.range, "reads no ranges of objects"), (abilities.list, "does not list what was written")];
+    match lacks.iter().find(|(can, _)| !can) {
+        Some((_, lacks)) => Err(Failure::new(Code::Store, format!("use the store {place}: it {lacks}"))
+            .hint("The store must be S3-compatible in this; another one, or its newer version, may be.")
+            .retryable()),
+        None => Ok(abilities),
+    }
+}
+
+async fn take_generation(repository: &Repository, abilities: Abilities) -> Result<Generation, Failure> {
     let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let lease = Lease {
         host,
         pid: std::process::id(),
         started_at: clock::now().into(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        store: Some(abilities),
     };
     Ok(generation::take(repository, &lease).await?)
 }

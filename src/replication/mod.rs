@@ -32,7 +32,7 @@ pub use base_backup::{
     BackupEnd, BackupEntry, BackupEvent, BackupStart, BaseBackup, BaseBackupOptions, ManifestChecksums, Tablespace,
 };
 pub use connection::Rows;
-pub use conninfo::{ConnectConfig, ConninfoError, Host};
+pub use conninfo::{ConnectConfig, ConninfoError, Host, HostAddress};
 pub use error::{ChecksumFailure, ReplicationError, ServerMessage};
 pub use session::{Session, SlotPosition, SystemIdentity, TimelineHistory};
 pub use sql::{ServerFacts, Sql};

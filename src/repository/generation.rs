@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::codec::Kind;
 use super::format::{Repository, RepositoryError};
 use super::layout::{self, Generation, Key, prefix};
+use super::probe::Abilities;
 use crate::pg::Timestamp;
 
 /// Who a writer is.
@@ -17,6 +18,8 @@ pub struct Lease {
     pub pid: u32,
     pub started_at: Timestamp,
     pub version: String,
+    /// What the store was seen to do when the writer started, if it tried.
+    pub store: Option<Abilities>,
 }
 
 /// A replication connection that a writer opened.

@@ -189,6 +189,7 @@ pub mod prefix {
     pub const IDENTITY: &str = "identity";
     pub const KEYS: &str = "keys";
     pub const LEASE: &str = "lease";
+    pub const PROBE: &str = "probe";
 
     pub fn wal(incarnation: Incarnation) -> String {
         format!("{incarnation}/wal")

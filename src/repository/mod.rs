@@ -4,7 +4,7 @@
 //! put each object into its envelope, [`mod@format`] opens an environment's repository. On them stand what the objects mean:
 //! [`identity`] and [`generation`] (whose past, which writer), [`segment`] and [`wal_object`] (WAL), [`index`] and
 //! [`coverage`] (which moments), [`pack`], [`tables`] and [`backup_object`] (backups), [`catalogue`] (what is there).
-//! [`inspect`] holds a repository against itself.
+//! [`inspect`] holds a repository against itself, [`probe`] tries out what the store can do.
 //!
 //! Three kinds of objects. *Primary*: written once, named by content or by id and generation. *Derived* (the index): any
 //! number may exist, the reader takes one that verifies, a missing one is made again. *Facts that grow* (identity, keys,
@@ -29,6 +29,7 @@ pub mod inspect;
 pub mod layout;
 pub mod location;
 pub mod pack;
+pub mod probe;
 pub mod segment;
 pub mod store;
 pub mod tables;

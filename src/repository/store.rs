@@ -12,7 +12,7 @@ use bytes::Bytes;
 use chrono::{DateTime, Utc};
 use futures::TryStreamExt;
 use object_store::path::Path;
-use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutPayload};
+use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
 use super::layout::Key;
 use super::location::Location;
@@ -101,6 +101,7 @@ pub struct Store {
     root: Path,
     settings: StoreSettings,
     place: String,
+    checksums: bool,
     reads: Arc<AtomicU64>,
 }
 
@@ -110,7 +111,8 @@ impl Store {
     pub fn open(location: &Location, environment: &str, settings: StoreSettings) -> Result<Store, StoreError> {
         let (inner, root) = location.open()?;
         let place = format!("{location}/{environment}");
-        Ok(Store { inner, root: root.join(environment), settings, place, reads: Arc::default() })
+        let checksums = matches!(location, Location::S3(s3) if s3.checksum);
+        Ok(Store { inner, root: root.join(environment), settings, place, checksums, reads: Arc::default() })
     }
 
     /// The location and the environment, for messages.
@@ -134,6 +136,23 @@ impl Store {
     /// Writes an object as pieces that are not copied together.
     pub async fn put_pieces(&self, key: &Key, pieces: Vec<Bytes>) -> Result<Option<String>, StoreError> {
         self.put(key, PutPayload::from_iter(pieces)).await
+    }
+
+    /// Writes an object that does not exist yet; `false` when it does. Only for trying out whether the store can do it.
+    pub(super) async fn create(&self, key: &Key, bytes: &'static [u8]) -> Result<bool, StoreError> {
+        let path = self.path(key);
+        let attempt = || async {
+            match self.inner.put_opts(&path, bytes.into(), PutMode::Create.into()).await {
+                Err(object_store::Error::AlreadyExists { .. }) => Ok(false),
+                result => result.map(|_| true),
+            }
+        };
+        self.attempt("store", key.as_str(), bytes.len() as u64, attempt).await
+    }
+
+    /// Whether writes carry a checksum for the store to compare.
+    pub(super) fn sends_checksums(&self) -> bool {
+        self.checksums
     }
 
     /// Reads a whole object of at most `limit` bytes.

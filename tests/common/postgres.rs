@@ -15,7 +15,7 @@ use super::guard::{Directory, Process, free_port};
 use super::{places, wait};
 
 /// What every server of a test has; a test's own settings come on top.
-const SETTINGS: [(&str, &str); 13] = [
+const SETTINGS: [(&str, &str); 14] = [
     ("autovacuum", "off"),
     ("checkpoint_timeout", "30min"),
     ("fsync", "off"),
@@ -24,6 +24,7 @@ const SETTINGS: [(&str, &str); 13] = [
     ("log_min_messages", "info"),
     ("log_replication_commands", "on"),
     ("max_prepared_transactions", "20"),
+    ("max_slot_wal_keep_size", "100GB"),
     ("max_wal_senders", "10"),
     ("max_wal_size", "2GB"),
     ("shared_buffers", "32MB"),

@@ -61,7 +61,8 @@ async fn an_encrypted_repository_opens_only_with_its_master_key() {
 #[tokio::test]
 async fn generations_and_incarnations_follow_each_other() {
     let (_dir, repository) = plain().await;
-    let lease = generation::Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "0".into() };
+    let lease =
+        generation::Lease { host: "h".into(), pid: 1, started_at: Timestamp(0), version: "0".into(), store: None };
     let first = generation::take(&repository, &lease).await.expect("first");
     assert!(!generation::is_superseded(&repository, first).await.expect("list"));
     let second = generation::take(&repository, &lease).await.expect("second");
