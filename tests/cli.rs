@@ -49,10 +49,11 @@ fn a_broken_configuration_lists_every_problem_and_ends_with_3() {
 #[test]
 fn a_good_configuration_is_told_in_short_and_an_unreadable_secret_is_named() {
     let dir = tempfile::tempdir().expect("temporary directory");
-    let config = write(dir.path(), "[environment.shop]\npostgres = \"host=/tmp\"\nrepository = \"file:///a\"\n");
+    let place = dir.path().display();
+    let config = write(dir.path(), &format!("[environment.shop]\nrepository = \"file://{place}\"\n"));
     let run = pgrecall(&["--config", &config, "config", "check"]);
     assert_eq!(run.status.code(), Some(0), "{}", text(&run.stderr));
-    assert!(text(&run.stdout).contains("shop: file:///a, slot pgrecall_shop"));
+    assert!(text(&run.stdout).contains(&format!("shop: file://{place}, only to be listed")), "{}", text(&run.stdout));
 
     let config = write(
         dir.path(),
@@ -61,6 +62,23 @@ fn a_good_configuration_is_told_in_short_and_an_unreadable_secret_is_named() {
     let run = pgrecall(&["--config", &config, "config", "check"]);
     assert_eq!(run.status.code(), Some(3));
     assert!(text(&run.stderr).contains("shop: read /nowhere: No such file"), "{}", text(&run.stderr));
+}
+
+#[test]
+fn a_check_of_the_configuration_asks_the_store_and_the_server() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let place = dir.path().display();
+    let server = format!("postgres = \"host={place}\"\nrepository = \"file://{place}\"\n");
+    let config = write(dir.path(), &format!("[environment.shop]\n{server}"));
+    let run = pgrecall(&["--config", &config, "config", "check"]);
+    assert_eq!(run.status.code(), Some(6), "{}", text(&run.stderr));
+    assert!(text(&run.stdout).contains("slot pgrecall_shop\n    the server cannot be asked: connect to"));
+    assert!(text(&run.stderr).starts_with("error: failed to check shop: connect to "), "{}", text(&run.stderr));
+
+    let config = write(dir.path(), &format!("[environment.shop]\nrepository = \"file://{place}/config.toml\"\n"));
+    let run = pgrecall(&["--config", &config, "config", "check"]);
+    assert_eq!(run.status.code(), Some(5), "{}", text(&run.stdout));
+    assert!(text(&run.stdout).contains("the store cannot be used: "), "{}", text(&run.stdout));
 }
 
 #[test]

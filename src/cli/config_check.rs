@@ -1,4 +1,5 @@
-//! `pgrecall config check`: everything that is wrong, before the daemon finds it.
+//! `pgrecall config check`: everything that is wrong, before the daemon finds it: in the file, in the secrets, and when the
+//! store and the server are asked.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -8,7 +9,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::Context;
-use crate::config::{Config, ConfigError, Environment, Problem, SecretRef};
+use crate::config::{Config, ConfigError, Environment, Location, Problem, SecretRef};
 use crate::daemon::slots::{self, UnlimitedWal};
 use crate::error::{Code, Failure};
 use crate::replication::ConnectConfig;
@@ -35,7 +36,9 @@ struct EnvironmentReport {
     /// Servers that keep WAL for slots until the disk is full.
     unlimited_wal: Vec<UnlimitedWal>,
     /// Why the server could not be asked.
-    server: Option<String>,
+    server: Option<Failure>,
+    /// Why the store could not be read. That nothing is stored yet is no problem.
+    store: Option<Failure>,
 }
 
 #[derive(Debug, Serialize)]
@@ -66,11 +69,15 @@ pub async fn run(context: &Context) -> Result<(), Failure> {
     let unreadable: Vec<String> = environments.iter().flat_map(|environment| environment.unreadable.clone()).collect();
     let report = Report { valid: unreadable.is_empty(), path: config.path, problems: Vec::new(), environments };
     context.output.result(&report, show);
-    match unreadable.is_empty() {
-        true => Ok(()),
-        false => Err(Failure::new(Code::Configuration, format!("read secrets:\n  {}", unreadable.join("\n  ")))
-            .hint("The daemon's user must be able to read them, and nobody else.")),
+    if !unreadable.is_empty() {
+        return Err(Failure::new(Code::Configuration, format!("read secrets:\n  {}", unreadable.join("\n  ")))
+            .hint("The daemon's user must be able to read them, and nobody else."));
     }
+    let asked = |environment: &EnvironmentReport| {
+        let failure = environment.store.as_ref().or(environment.server.as_ref())?;
+        Some(Failure { message: format!("check {}: {failure}", environment.name), ..failure.clone() })
+    };
+    report.environments.iter().find_map(asked).map_or(Ok(()), Err)
 }
 
 async fn look_at(environment: &Environment, owned: &BTreeSet<String>) -> EnvironmentReport {
@@ -84,7 +91,12 @@ async fn look_at(environment: &Environment, owned: &BTreeSet<String>) -> Environ
         s3.session_token.as_ref(),
     ];
     let unreadable = |secret: &SecretRef| secret.load().err().map(|error| format!("{}: {error}", environment.name));
-    let (found, server) = ask_for_slots(environment, owned).await;
+    let unreadable: Vec<String> = secrets.into_iter().flatten().filter_map(unreadable).collect();
+    // Without its secrets neither can be asked; they are reported themselves.
+    let ((found, server), store) = match unreadable.is_empty() {
+        true => tokio::join!(ask_for_slots(environment, owned), ask_store(environment)),
+        false => ((slots::Found::default(), None), None),
+    };
     let unowned = found.unowned.into_iter();
     EnvironmentReport {
         unowned_slots: unowned
@@ -92,22 +104,29 @@ async fn look_at(environment: &Environment, owned: &BTreeSet<String>) -> Environ
             .collect(),
         unlimited_wal: found.unlimited,
         server,
+        store,
         name: environment.name.to_string(),
         repository: environment.location.to_string(),
         encrypted: environment.master_key.is_some(),
         slot: environment.postgres.as_ref().map(|postgres| postgres.slot.clone()),
-        unreadable: secrets.into_iter().flatten().filter_map(unreadable).collect(),
+        unreadable,
     }
 }
 
-async fn ask_for_slots(environment: &Environment, owned: &BTreeSet<String>) -> (slots::Found, Option<String>) {
-    // A password that cannot be read is reported among the secrets.
+async fn ask_for_slots(environment: &Environment, owned: &BTreeSet<String>) -> (slots::Found, Option<Failure>) {
     let Ok(connect) = environment.connect() else { return (slots::Found::default(), None) };
     let connect = ConnectConfig { connect_timeout: connect.connect_timeout.min(CONNECT_TIMEOUT), ..connect };
     match slots::look(&connect, owned).await {
         Ok(found) => (found, None),
-        Err(error) => (slots::Found::default(), Some(error.to_string())),
+        Err(error) => (slots::Found::default(), Some(error.into())),
     }
+}
+
+async fn ask_store(environment: &Environment) -> Option<Failure> {
+    if matches!(&environment.location, Location::File(directory) if !directory.exists()) {
+        return None; // the daemon makes it
+    }
+    environment.open_repository().await.err().filter(|failure| failure.code != Code::NotFound)
 }
 
 fn show(report: &Report) -> String {
@@ -119,8 +138,11 @@ fn show(report: &Report) -> String {
             Some(slot) => write!(text, ", slot {slot}"),
             None => write!(text, ", only to be listed, verified and restored here (no `postgres`)"),
         };
+        if let Some(store) = &environment.store {
+            let _ = write!(text, "\n    the store cannot be used: {store}");
+        }
         if let Some(server) = &environment.server {
-            let _ = write!(text, "\n    the server was not asked: {server}");
+            let _ = write!(text, "\n    the server cannot be asked: {server}");
         }
         for UnlimitedWal { host, statement } in &environment.unlimited_wal {
             let _ = write!(text, "\n    {host} keeps WAL for slots until its disk is full; to limit it: {statement}");

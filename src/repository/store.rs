@@ -340,5 +340,37 @@ fn chain(error: &dyn std::error::Error) -> String {
         }
         source = cause.source();
     }
-    text
+    without_markup(&text)
+}
+
+/// An S3 error document shortened to its code and message, on one line.
+fn without_markup(text: &str) -> String {
+    let element = |name: &str| {
+        let (_, rest) = text.split_once(&format!("<{name}>"))?;
+        rest.split_once(&format!("</{name}>")).map(|(content, _)| content)
+    };
+    let begin = text.find("<?xml").or_else(|| text.find("<Error>"));
+    let (Some((before, _)), Some(code)) = (begin.and_then(|at| text.split_at_checked(at)), element("Code")) else {
+        return text.to_owned();
+    };
+    match element("Message") {
+        Some(message) if !message.is_empty() => format!("{before}{code} ({message})"),
+        _ => format!("{before}{code}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_document_is_told_by_its_code_and_message() {
+        let check = |text: &str, expected: &str| assert_eq!(without_markup(text), expected, "{text}");
+        let body =
+            "<?xml version=\"1.0\"?>\n<Error><Code>NoSuchBucket</Code><Message>It is not there</Message></Error>";
+        check(&format!("404 Not Found: {body}"), "404 Not Found: NoSuchBucket (It is not there)");
+        check("403: <Error><Code>AccessDenied</Code><Message></Message></Error>", "403: AccessDenied");
+        check("no answer within 10 s", "no answer within 10 s");
+        check("502: <Error><Code>cut", "502: <Error><Code>cut");
+    }
 }

@@ -58,23 +58,23 @@ pub struct TablespacePlaces {
 /// Why a directory cannot be restored into.
 #[derive(Debug, thiserror::Error)]
 pub enum TargetError {
-    #[error("the directory {} is not empty", .0.display())]
+    #[error("restore into {}: the directory is not empty", .0.display())]
     NotEmpty(PathBuf),
-    #[error("{} holds a restored cluster that was handed over already", .0.display())]
+    #[error("restore into {}: it holds a restored cluster that was handed over already", .0.display())]
     HandedOver(PathBuf),
-    #[error("{} holds an unfinished restore of {other}, not of {wanted}", directory.display())]
+    #[error("restore into {}: it holds an unfinished restore of {other}, not of {wanted}", directory.display())]
     OtherRestore { directory: PathBuf, other: String, wanted: String },
-    #[error("a server is running on {} (process {pid})", directory.display())]
+    #[error("restore into {}: a server is running there (process {pid})", directory.display())]
     Running { directory: PathBuf, pid: i32 },
-    #[error("there is too little disk space: {}", space::show(.0))]
+    #[error("restore: there is too little disk space: {}", space::show(.0))]
     Space(Vec<FileSystem>),
-    #[error("the backup has no tablespace at {}; it has: {has}", wanted.display())]
+    #[error("place tablespaces: the backup has none at {}; it has: {has}", wanted.display())]
     NoSuchTablespace { wanted: PathBuf, has: String },
-    #[error("{}: the path of a tablespace must be absolute, outside the data directory and used once", .0.display())]
+    #[error("place a tablespace at {}: its path must be absolute, outside the data directory and used once", .0.display())]
     TablespacePath(PathBuf),
-    #[error("{0:?} in the backup is not a path inside the data directory")]
+    #[error("use {0:?} of the backup: it is not a path inside the data directory")]
     UnsafePath(String),
-    #[error("tablespace_map of the backup: {0}")]
+    #[error("use tablespace_map of the backup: {0}")]
     TablespaceMap(String),
     #[error("{action} {}: {source}", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
