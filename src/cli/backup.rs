@@ -80,13 +80,14 @@ async fn alone(config: &Config, environment: &Environment, progress: &mut Progre
         environment: environment.clone(),
         shutdown_grace: config.shutdown_grace,
         owned_slots: slots::owned(config),
+        jobs: None,
     };
     let bodies = BTreeMap::from([(name.clone(), Arc::new(body) as Arc<dyn Body>)]);
     let daemon = Daemon::start(bodies, Pauses::default(), CancellationToken::new());
     let work = async {
         let handle = daemon.handle();
         wait_streaming(&name, handle.watch(&name)?, progress).await?;
-        let mut asked = handle.start_backup(&name)?;
+        let mut asked = handle.start_backup(&name, CancellationToken::new())?;
         loop {
             let now = asked.borrow_and_update().clone();
             let event = BackupEvent::from(&now);

@@ -13,6 +13,8 @@ use super::{Context, interrupted};
 use crate::config::Config;
 use crate::control::server::Server;
 use crate::daemon::environment::EnvironmentBody;
+use crate::daemon::jobs::{self, Jobs};
+use crate::daemon::repositories::Repositories;
 use crate::daemon::supervisor::{Body, Pauses};
 use crate::daemon::{Daemon, slots};
 use crate::error::{Code, Failure};
@@ -33,7 +35,10 @@ pub async fn run(context: &Context) -> Result<(), Failure> {
         environments = config.environments.len(),
         "daemon started"
     );
-    let daemon = Daemon::start(bodies(&config), Pauses::default(), cancel.clone());
+    let repositories = Repositories::new(&config);
+    let jobs =
+        Jobs::start(repositories, jobs::daemon_name(&config.control_socket), config.limits, cancel.child_token());
+    let daemon = Daemon::start(bodies(&config, &jobs), Pauses::default(), cancel.clone());
     let serving = tokio::spawn(server.run(daemon.handle(), cancel.clone(), JOIN_GRACE));
     interrupted().await;
     info!(grace_ms = config.shutdown_grace.as_millis(), "stopping: what was received is being stored");
@@ -45,6 +50,9 @@ pub async fn run(context: &Context) -> Result<(), Failure> {
             false
         }
     };
+    if !jobs.stopped(JOIN_GRACE).await {
+        warn!("some jobs did not end in time; the next start names them");
+    }
     if let Err(error) = serving.await {
         warn!(error = %error, "the control socket's task did not end well");
     }
@@ -57,7 +65,7 @@ pub async fn run(context: &Context) -> Result<(), Failure> {
     Err(Failure::new(Code::Cancelled, message))
 }
 
-fn bodies(config: &Config) -> BTreeMap<String, Arc<dyn Body>> {
+fn bodies(config: &Config, jobs: &Jobs) -> BTreeMap<String, Arc<dyn Body>> {
     let mut bodies: BTreeMap<String, Arc<dyn Body>> = BTreeMap::new();
     for environment in config.environments.values() {
         let name = environment.name.to_string();
@@ -69,6 +77,7 @@ fn bodies(config: &Config) -> BTreeMap<String, Arc<dyn Body>> {
             environment: environment.clone(),
             shutdown_grace: config.shutdown_grace,
             owned_slots: slots::owned(config),
+            jobs: Some(jobs.clone()),
         };
         bodies.insert(name, Arc::new(body));
     }

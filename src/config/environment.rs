@@ -23,7 +23,7 @@ const DAY: Duration = Duration::from_hours(24);
 pub struct EnvironmentName(String);
 
 /// Everything that one table `[environment.NAME]` says, with the defaults filled in.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Environment {
     pub name: EnvironmentName,
     /// `None`: this host only lists, verifies and restores the environment.

@@ -42,7 +42,22 @@ pub struct Config {
     pub control_socket: PathBuf,
     /// Time for the tails to be stored when the daemon is stopped.
     pub shutdown_grace: Duration,
+    pub limits: Limits,
     pub environments: BTreeMap<EnvironmentName, Environment>,
+}
+
+/// What runs at the same time on this host, of all environments together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    pub backups: u32,
+    /// Restores, and sandboxes until their server is usable.
+    pub restores: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { backups: 2, restores: 2 }
+    }
 }
 
 /// Why there is no configuration.
@@ -82,6 +97,7 @@ impl Config {
         }
         let root = document.root(&table);
         let log = read_log(root.table("log"));
+        let limits = read_limits(root.table("limits"));
         let control_socket = root.parsed("control_socket", environment::absolute_path);
         let shutdown_grace =
             root.duration("shutdown_grace", SHUTDOWN_GRACE, Duration::from_secs(1)..=SHUTDOWN_GRACE_MAX);
@@ -109,6 +125,7 @@ impl Config {
                 log,
                 control_socket: control_socket.unwrap_or_else(|| PathBuf::from(DEFAULT_CONTROL_SOCKET)),
                 shutdown_grace,
+                limits,
                 environments,
             }),
             problems => Err(problems),
@@ -153,6 +170,16 @@ fn read_log(section: Section<'_>) -> telemetry::Settings {
     };
     section.finish();
     settings
+}
+
+fn read_limits(section: Section<'_>) -> Limits {
+    let default = Limits::default();
+    let limits = Limits {
+        backups: section.integer("backups", default.backups, 1..=64),
+        restores: section.integer("restores", default.restores, 1..=64),
+    };
+    section.finish();
+    limits
 }
 
 fn shared_slot(other: &Environment) -> String {

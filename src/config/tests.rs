@@ -69,6 +69,7 @@ fn the_example_holds_every_key() {
     let table = document.parse();
     let root = document.root(&table);
     read_log(root.table("log"));
+    read_limits(root.table("limits"));
     root.text("control_socket");
     root.text("shutdown_grace");
     for (name, section) in root.named_tables("environment", "defaults") {
@@ -76,7 +77,7 @@ fn the_example_holds_every_key() {
     }
     let keys: BTreeSet<String> = document.schema();
     assert!(keys.contains("environment.*.s3.endpoint"), "{keys:?}");
-    for key in keys.iter().filter(|key| !matches!(key.as_str(), "environment" | "defaults" | "log")) {
+    for key in keys.iter().filter(|key| !matches!(key.as_str(), "environment" | "defaults" | "log" | "limits")) {
         let name = key.rsplit('.').next().expect("the last part");
         let written = |line: &str| line.trim_start_matches('#').starts_with(&format!("{name} = "));
         let table = |line: &str| line.trim_start_matches('#').ends_with(&format!(".{name}]"));

@@ -162,7 +162,9 @@ async fn answer(request: Request<Incoming>, handle: &Handle) -> Result<Reply, Re
     match (&head.method, path, backup_of) {
         (&Method::GET, STATUS_PATH, _) => Ok(json(StatusCode::OK, &Status::from(&handle.snapshot()))),
         (&Method::POST, _, Some(environment)) => {
-            let progress = handle.start_backup(environment).map_err(|failure| (status_of(failure.code), failure))?;
+            let progress = handle
+                .start_backup(environment, CancellationToken::new())
+                .map_err(|failure| (status_of(failure.code), failure))?;
             Ok(events(progress))
         }
         (_, STATUS_PATH, _) | (_, _, Some(_)) => {

@@ -3,15 +3,18 @@
 //! One at a time. Who asks while one is still being copied hears of that one; when the server has sent everything already, of
 //! another that follows it, for that one may lack what was committed just before.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, info, warn};
 
-use super::handle::ProgressSender;
+use super::handle::{ProgressSender, Request};
+use super::jobs::backup::BackupWork;
+use super::jobs::{Asker, JobKind, JobRecord, JobSpec, Jobs, Via};
 use super::snapshot::{BackupProgress, EnvironmentSnapshot};
 use crate::backup::{BackupReport, Phase, Progress};
 use crate::error::{Code, Failure};
@@ -40,10 +43,21 @@ pub struct Backups {
     pauses: Backoff,
     not_before: Instant,
     next_look: Instant,
+    /// How a backup that is due by itself becomes a job; without it, it begins here at once.
+    own: Option<OwnBackups>,
+}
+
+/// The way to a job for a backup that nobody asked for.
+pub struct OwnBackups {
+    pub jobs: Jobs,
+    pub environment: String,
+    /// To this environment's task.
+    pub requests: mpsc::Sender<Request>,
 }
 
 struct Running {
     task: JoinHandle<Result<BackupReport, Failure>>,
+    cancel: CancellationToken,
     progress: watch::Receiver<Progress>,
 }
 
@@ -56,7 +70,12 @@ impl Running {
 }
 
 impl Backups {
-    pub fn new(job: BackupJob, snapshot: watch::Sender<EnvironmentSnapshot>, cancel: CancellationToken) -> Self {
+    pub fn new(
+        job: BackupJob,
+        own: Option<OwnBackups>,
+        snapshot: watch::Sender<EnvironmentSnapshot>,
+        cancel: CancellationToken,
+    ) -> Self {
         let pauses = Backoff::new(Duration::from_secs(5), Duration::from_secs(300));
         let (gaps_seen, not_before) = (0, Instant::now());
         Backups {
@@ -72,6 +91,7 @@ impl Backups {
             pauses,
             not_before,
             next_look: Instant::now(),
+            own,
         }
     }
 
@@ -101,6 +121,9 @@ impl Backups {
         match &mut self.running {
             Some(running) if running.task.is_finished() => self.ended().await,
             Some(running) => {
+                if !self.waiting.is_empty() && self.waiting.iter().all(ProgressSender::is_unwanted) {
+                    running.cancel.cancel();
+                }
                 let progress = shown(&running.progress.borrow());
                 self.tell(&progress);
             }
@@ -134,8 +157,24 @@ impl Backups {
             }
         }
         if self.has_backup == Some(false) {
-            info!("no backup leads to the WAL that is archived now: one begins by itself");
-            self.start();
+            self.begin_by_itself();
+        }
+    }
+
+    fn begin_by_itself(&mut self) {
+        let why = "no backup leads to the WAL that is archived now: one begins by itself";
+        let Some(own) = &self.own else {
+            info!("{why}");
+            return self.start();
+        };
+        match own.submit(why) {
+            Ok(true) => info!("{why}"),
+            // The last one waits for its turn, or for its outcome to be on record.
+            Ok(false) => {}
+            Err(failure) => {
+                warn!(error = %failure, "{why}: failed, will be tried again");
+                self.not_before = Instant::now() + self.pauses.delay();
+            }
         }
     }
 
@@ -150,8 +189,9 @@ impl Backups {
     fn start(&mut self) {
         let (sender, progress) = watch::channel(Progress::default());
         let (job, cancel) = (self.job.clone(), self.cancel.child_token());
+        let stop = cancel.clone();
         let task = tokio::spawn(async move { job.run(sender, cancel).await }.instrument(Span::current()));
-        self.running = Some(Running { task, progress });
+        self.running = Some(Running { task, cancel: stop, progress });
     }
 
     async fn ended(&mut self) {
@@ -191,6 +231,33 @@ impl Backups {
             snapshot.backup = Some(progress.clone());
             changed
         });
+    }
+}
+
+impl OwnBackups {
+    /// Returns whether a job was made: there is at most one at a time.
+    fn submit(&self, why: &str) -> Result<bool, Failure> {
+        let unfinished = |record: &JobRecord| record.spec.kind == JobKind::Backup && !record.state.is_final();
+        if self.jobs.list(Some(&self.environment)).iter().any(unfinished) {
+            return Ok(false);
+        }
+        let (environment, requests) = (self.environment.clone(), self.requests.clone());
+        let ask = move |unwanted| {
+            let (progress, receiver) = ProgressSender::new(unwanted);
+            let sent = requests.try_send(Request::Backup { progress });
+            sent.map(|()| receiver).map_err(|_| {
+                Failure::new(Code::Cancelled, format!("ask {environment}: its task has ended or is busy")).retryable()
+            })
+        };
+        let spec = JobSpec {
+            environment: self.environment.clone(),
+            kind: JobKind::Backup,
+            asked_by: Asker { uid: None, user: "pgrecall".to_owned(), via: Via::Daemon },
+            request: serde_json::json!({ "reason": why }),
+            ticket: None,
+            idempotency_key: None,
+        };
+        self.jobs.submit(spec, Arc::new(BackupWork { ask: Box::new(ask) })).map(|_| true)
     }
 }
 

@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tracing::{Instrument, Span, debug, info, warn};
 
-use super::backups::Backups;
+use super::backups::{Backups, OwnBackups};
 use super::handle::Request;
+use super::jobs::Jobs;
 use super::slots::{self, UnlimitedWal};
 use super::snapshot::{ArchiveSnapshot, EnvironmentSnapshot, State};
 use super::supervisor::{Body, BodyContext};
@@ -29,6 +30,8 @@ pub struct EnvironmentBody {
     pub shutdown_grace: Duration,
     /// Every slot that the configuration names.
     pub owned_slots: BTreeSet<String>,
+    /// Where backups that begin by themselves become jobs; without it they are none.
+    pub jobs: Option<Jobs>,
 }
 
 /// The archiver's task; dropping this ends it.
@@ -64,7 +67,13 @@ impl Body for EnvironmentBody {
             from_standby: self.environment.backup_from_standby,
             standby_wait_max: STANDBY_WAIT_MAX,
         };
-        let mut backups = Backups::new(job, context.snapshot.clone(), context.cancel.clone());
+        let (to_self, mut own_requests) = mpsc::channel(1);
+        let own = self.jobs.clone().map(|jobs| OwnBackups {
+            jobs,
+            environment: self.environment.name.to_string(),
+            requests: to_self,
+        });
+        let mut backups = Backups::new(job, own, context.snapshot.clone(), context.cancel.clone());
         let mut dangers = std::pin::pin!(self.name_dangers());
         let mut dangers_named = false;
         loop {
@@ -81,6 +90,9 @@ impl Body for EnvironmentBody {
                     context.snapshot.send_modify(|snapshot| describe(snapshot, &status));
                 }
                 Some(Request::Backup { progress }) = context.requests.recv() => {
+                    backups.asked(progress);
+                }
+                Some(Request::Backup { progress }) = own_requests.recv() => {
                     backups.asked(progress);
                 }
                 () = backups.step() => {}

@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
+use super::repositories;
 use super::snapshot::{BackupProgress, EnvironmentSnapshot, Snapshot};
 use crate::error::{Code, Failure};
 use crate::pg::Timestamp;
 use crate::util::clock;
-use crate::util::nearest::nearest;
 
 /// Requests that wait for one environment; each is some bytes.
 pub const REQUESTS_MAX: usize = 8;
@@ -23,17 +24,31 @@ pub enum Request {
 
 /// Tells whoever asked for a backup how it goes. Dropped before a final value, it says that the task has ended.
 #[derive(Debug)]
-pub struct ProgressSender(watch::Sender<BackupProgress>);
+pub struct ProgressSender {
+    sender: watch::Sender<BackupProgress>,
+    /// Fires when whoever asked does not want it any more.
+    unwanted: CancellationToken,
+}
 
 impl ProgressSender {
+    /// A sender, and where the progress is seen.
+    pub fn new(unwanted: CancellationToken) -> (ProgressSender, watch::Receiver<BackupProgress>) {
+        let (sender, receiver) = watch::channel(BackupProgress::accepted());
+        (ProgressSender { sender, unwanted }, receiver)
+    }
+
     pub fn send(&self, progress: BackupProgress) {
-        self.0.send_replace(progress);
+        self.sender.send_replace(progress);
+    }
+
+    pub fn is_unwanted(&self) -> bool {
+        self.unwanted.is_cancelled()
     }
 }
 
 impl Drop for ProgressSender {
     fn drop(&mut self) {
-        if !self.0.borrow().is_final() {
+        if !self.sender.borrow().is_final() {
             let failure = Failure::new(Code::Cancelled, "finish the backup: the environment's task has ended");
             self.send(BackupProgress::Failed(failure.retryable().hint("The daemon's log says why; ask again.")));
         }
@@ -73,13 +88,18 @@ impl Handle {
         Snapshot { started_at: self.started_at, taken_at: clock::now().into(), environments: environments.collect() }
     }
 
-    /// Asks for a backup. It goes on when the receiver is dropped.
+    /// Asks for a backup. It goes on when the receiver is dropped, and ends early when `unwanted` fires and nobody else
+    /// waits for it.
     ///
     /// # Errors
     /// When there is no such environment, or it has too many requests waiting.
-    pub fn start_backup(&self, environment: &str) -> Result<watch::Receiver<BackupProgress>, Failure> {
-        let (progress, receiver) = watch::channel(BackupProgress::accepted());
-        self.send(environment, Request::Backup { progress: ProgressSender(progress) })?;
+    pub fn start_backup(
+        &self,
+        environment: &str,
+        unwanted: CancellationToken,
+    ) -> Result<watch::Receiver<BackupProgress>, Failure> {
+        let (progress, receiver) = ProgressSender::new(unwanted);
+        self.send(environment, Request::Backup { progress })?;
         Ok(receiver)
     }
 
@@ -92,13 +112,8 @@ impl Handle {
     }
 
     fn find(&self, environment: &str) -> Result<&EnvironmentHandle, Failure> {
-        self.environments.get(environment).ok_or_else(|| {
-            let failure = Failure::new(Code::NotFound, format!("find environment {environment} in the daemon"));
-            match nearest(environment, self.environments.keys().map(String::as_str)) {
-                Some(meant) => failure.hint(format!("Did you mean {meant}?")),
-                None => failure.hint("A daemon reads its configuration when it starts; it may need a restart."),
-            }
-        })
+        let known = self.environments.keys().map(String::as_str);
+        self.environments.get(environment).ok_or_else(|| repositories::not_found(environment, known))
     }
 
     fn send(&self, environment: &str, request: Request) -> Result<(), Failure> {

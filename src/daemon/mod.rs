@@ -6,6 +6,8 @@
 mod backups;
 pub mod environment;
 pub mod handle;
+pub mod jobs;
+pub mod repositories;
 pub mod slots;
 pub mod snapshot;
 pub mod supervisor;

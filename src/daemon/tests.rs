@@ -70,18 +70,21 @@ async fn a_broken_environment_is_started_again_and_delays_no_other() {
     let broken = until(&daemon, "broken", State::Conflict).await;
     assert_eq!(broken.failure.expect("a failure").code, Code::Conflict);
 
-    let mut refused = daemon.handle().start_backup("broken").expect("accepted");
+    let mut refused = daemon.handle().start_backup("broken", CancellationToken::new()).expect("accepted");
     let refused = refused.wait_for(BackupProgress::is_final).await.expect("answered").clone();
     assert!(matches!(refused, BackupProgress::Failed(_)));
-    let mut done = daemon.handle().start_backup("good").expect("accepted");
+    let mut done = daemon.handle().start_backup("good", CancellationToken::new()).expect("accepted");
     let done = done.wait_for(BackupProgress::is_final).await.expect("answered").clone();
     assert!(matches!(done, BackupProgress::Done { backup, .. } if backup == "b1"));
-    assert_eq!(daemon.handle().start_backup("god").expect_err("unknown").hint.as_deref(), Some("Did you mean good?"));
+    assert_eq!(
+        daemon.handle().start_backup("god", CancellationToken::new()).expect_err("unknown").hint.as_deref(),
+        Some("Did you mean good?")
+    );
 
     let handle = daemon.handle();
     assert!(daemon.stop(Duration::from_secs(5)).await);
     assert!(handle.snapshot().environments.iter().all(|e| e.state == State::Stopped));
-    assert_eq!(handle.start_backup("good").expect_err("stopped").code, Code::Cancelled);
+    assert_eq!(handle.start_backup("good", CancellationToken::new()).expect_err("stopped").code, Code::Cancelled);
 }
 
 #[tokio::test]

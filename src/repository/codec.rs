@@ -47,6 +47,8 @@ pub enum Kind {
     Lease = b'L',
     Identity = b'Y',
     Gap = b'G',
+    Job = b'J',
+    Act = b'A',
 }
 
 /// Why stored bytes cannot be taken for what they should be.

@@ -3,8 +3,12 @@
 //! A [`Key`] is relative to the environment's root. Names that this module does not know are `None` when parsed, never an
 //! error: somebody else's file in the bucket, or a staging file of the local store, is passed over.
 
+mod records;
+
 use std::fmt;
 use std::str::FromStr;
+
+pub use records::{JobId, parse_audit, parse_job};
 
 use serde::{Deserialize, Serialize};
 
@@ -190,6 +194,8 @@ pub mod prefix {
     pub const KEYS: &str = "keys";
     pub const LEASE: &str = "lease";
     pub const PROBE: &str = "probe";
+    pub const JOBS: &str = "jobs";
+    pub const AUDIT: &str = "audit";
 
     pub fn wal(incarnation: Incarnation) -> String {
         format!("{incarnation}/wal")

@@ -2,7 +2,7 @@
 //!
 //! [`layout`] makes and reads every name, [`store`] is the narrow interface to the object store, [`codec`] and [`crypto`]
 //! put each object into its envelope, [`mod@format`] opens an environment's repository. On them stand what the objects mean:
-//! [`identity`] and [`generation`] (whose past, which writer), [`segment`] and [`wal_object`] (WAL), [`index`] and
+//! [`identity`] and [`generation`] (whose past, which writer), [`job`] (long work, on record), [`segment`] and [`wal_object`] (WAL), [`index`] and
 //! [`coverage`] (which moments), [`pack`], [`tables`] and [`backup_object`] (backups), [`catalogue`] (what is there).
 //! [`inspect`] holds a repository against itself, [`probe`] tries out what the store can do.
 //!
@@ -26,6 +26,7 @@ pub mod generation;
 pub mod identity;
 pub mod index;
 pub mod inspect;
+pub mod job;
 pub mod layout;
 pub mod location;
 pub mod pack;
@@ -40,6 +41,6 @@ pub mod wal_object;
 pub mod testing;
 
 pub use format::{Repository, RepositoryError};
-pub use layout::{BackupId, Generation, Incarnation, Key};
+pub use layout::{BackupId, Generation, Incarnation, JobId, Key};
 pub use location::Location;
 pub use store::{Store, StoreError};

@@ -1,0 +1,57 @@
+//! What the work of a job is given.
+
+use serde_json::Value;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::record::Progress;
+use super::{JobId, JobRecord, JobSpec};
+use crate::error::Failure;
+use crate::repository::{Repository, job};
+
+/// A job, from the inside.
+#[derive(Clone)]
+pub struct JobContext {
+    pub id: JobId,
+    pub spec: JobSpec,
+    /// Fires when somebody cancels the job, and when the daemon stops.
+    pub cancel: CancellationToken,
+    /// The environment's, open for writing.
+    pub repository: Repository,
+    pub(super) record: watch::Sender<JobRecord>,
+}
+
+impl JobContext {
+    /// Says how far it is; as often as one likes.
+    pub fn progress(&self, phase: &str, bytes_done: u64, bytes_total: Option<u64>) {
+        self.record.send_if_modified(|record| {
+            let progress = Progress { phase: phase.to_owned(), bytes_done, bytes_total };
+            let changed = record.progress != progress;
+            record.progress = progress;
+            changed
+        });
+    }
+
+    /// Adds a sentence to the job's log.
+    pub fn log(&self, line: &str) {
+        tracing::info!(line, "job");
+        self.record.send_modify(|record| record.log(line));
+    }
+
+    /// Puts down for good what the work must find again after a restart; replaces what it put down before.
+    ///
+    /// # Errors
+    /// When the store does not take it.
+    pub async fn put_down(&self, notes: Value) -> Result<(), Failure> {
+        let mut fact = None;
+        self.record.send_modify(|record| {
+            record.notes = notes;
+            fact = Some((record.facts, record.fact()));
+            record.facts = record.facts.saturating_add(1);
+        });
+        match fact {
+            Some((number, fact)) => Ok(job::write(&self.repository, number, &fact).await?),
+            None => Ok(()),
+        }
+    }
+}

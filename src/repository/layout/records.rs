@@ -1,0 +1,110 @@
+//! The names of what is kept on record: jobs, and the acts of people.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Generation, Key, NameError};
+use crate::pg::Timestamp;
+
+/// The id of a job: the time at which it was accepted, then six random hex digits; safe in names of files and of roles.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct JobId(String);
+
+impl Key {
+    /// One change of a job's state.
+    pub fn job(job: &JobId, number: u32) -> Key {
+        Key(format!("jobs/{job}/{number:06}"))
+    }
+
+    /// One act.
+    pub fn audit(generation: Generation, number: u32) -> Key {
+        Key(format!("audit/{generation}/{number:08}"))
+    }
+}
+
+/// Reads the name of a fact about a job.
+pub fn parse_job(key: &Key) -> Option<(JobId, u32)> {
+    let (job, number) = key.as_str().strip_prefix("jobs/")?.split_once('/')?;
+    let (job, number) = (job.parse().ok()?, number.parse().ok()?);
+    (Key::job(&job, number) == *key).then_some((job, number))
+}
+
+/// Reads the name of an act.
+pub fn parse_audit(key: &Key) -> Option<(Generation, u32)> {
+    let (generation, number) = key.as_str().strip_prefix("audit/")?.split_once('/')?;
+    let (generation, number) = (generation.parse().ok()?, number.parse().ok()?);
+    (Key::audit(generation, number) == *key).then_some((generation, number))
+}
+
+impl JobId {
+    /// A new id; `random` must come from a random generator.
+    pub fn new(accepted: Timestamp, random: u32) -> Self {
+        let time = accepted.to_chrono().unwrap_or_default().format("%Y%m%dt%H%M%Sz");
+        JobId(format!("{time}_{:06x}", random & 0xFF_FFFF))
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl TryFrom<String> for JobId {
+    type Error = NameError;
+
+    fn try_from(text: String) -> Result<Self, NameError> {
+        let fits = |(at, byte): (usize, u8)| match at {
+            8 => byte == b't',
+            15 => byte == b'z',
+            16 => byte == b'_',
+            0..=14 => byte.is_ascii_digit(),
+            _ => matches!(byte, b'0'..=b'9' | b'a'..=b'f'),
+        };
+        if text.len() == 23 && text.bytes().enumerate().all(fits) { Ok(JobId(text)) } else { Err(NameError(text)) }
+    }
+}
+
+impl FromStr for JobId {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        text.to_owned().try_into()
+    }
+}
+
+impl From<JobId> for String {
+    fn from(id: JobId) -> String {
+        id.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_come_back_and_others_are_passed_over() {
+        let id = JobId::new(Timestamp::from_unix_seconds(1_795_000_000), 0xABCD_EF01);
+        assert_eq!(id.as_str(), "20261118t110640z_cdef01");
+        assert_eq!(parse_job(&Key::job(&id, 7)), Some((id, 7)));
+        let generation = Generation { ordinal: 3, random: 0xBEEF };
+        assert_eq!(parse_audit(&Key::audit(generation, 4)), Some((generation, 4)));
+        for name in ["jobs/x/000001", "jobs/20261118t110640z_cdef01/1", "jobs/20261118T110640z_cdef01/000001", "jobs"] {
+            assert_eq!(parse_job(&Key::for_tests(name)), None, "{name}");
+        }
+        for name in ["audit/1-2/00000001", "audit/00000003-0000beef/1", "audit/00000003-0000beef"] {
+            assert_eq!(parse_audit(&Key::for_tests(name)), None, "{name}");
+        }
+        for text in ["", "../../../../etc/passwd/x", "20261118t110640z-cdef01", "20261118t110640z_cdef0é"] {
+            assert!(text.parse::<JobId>().is_err(), "{text}");
+        }
+    }
+}
