@@ -8,6 +8,7 @@ pub mod environment;
 pub mod handle;
 pub mod jobs;
 pub mod repositories;
+pub mod schedule;
 pub mod slots;
 pub mod snapshot;
 pub mod supervisor;

@@ -1,6 +1,7 @@
 //! Helpers without domain words.
 
 pub mod clock;
+pub mod cron;
 pub mod digest;
 pub mod durable_fs;
 pub mod nearest;
