@@ -27,7 +27,7 @@ use crate::restore::run::{Restored, run};
 use crate::restore::spool::Prefetcher;
 use crate::restore::target::{TablespacePlaces, hand_over, remove_folder};
 use crate::restore::wal::{SegmentFetcher, preload_end};
-use crate::restore::{Plan, RestoreOptions};
+use crate::restore::{Plan, RestoreError, RestoreOptions};
 
 /// So long replay may stand still before the restore is given up.
 const STALL_LIMIT: Duration = Duration::from_secs(300);
@@ -94,7 +94,8 @@ pub struct RestoreReport {
 
 /// Executes `plan`. A failure leaves a marked directory that the same call may begin anew.
 ///
-/// Cancel safety: fire `cancel`; a server that was started is stopped then. Dropping the future may leave it running.
+/// Cancel safety: fire `cancel`; when this returns, nobody writes into the directory and no server runs there. Do not drop
+/// the future: a server may stay, and writers end what they have begun.
 pub async fn execute(
     repository: &Repository,
     plan: Plan,
@@ -111,14 +112,11 @@ pub async fn execute(
         tablespaces: request.tablespaces.clone(),
         no_start: request.no_start,
         recovery: Some(recovery.clone()),
+        cancel: cancel.clone(),
     };
     let progress = Arc::new(Progress::default());
     observer.fetching(&plan, progress.clone());
-    let restored = tokio::select! {
-        biased;
-        () = cancel.cancelled() => return Err(cancelled()),
-        restored = run(repository, plan, &request.into, &options, progress) => restored?,
-    };
+    let restored = run(repository, plan, &request.into, &options, progress).await?;
     let directory = restored.target.root().to_path_buf();
     let not_prepared = || Failure::new(Code::Internal, "the restored directory was not prepared for recovery");
     let mut prepared = restored.prepared.clone().ok_or_else(not_prepared)?;
@@ -271,9 +269,9 @@ impl Started<'_> {
         let root = self.restored.target.root();
         if self.recovery.finish == Finish::Promote {
             forget_recovery(prepared, self.recovery).map_err(|e| failure("take the recovery settings out", &e))?;
-            return remove_folder(root).map_err(|e| Failure::from(crate::restore::RestoreError::from(e)));
+            return remove_folder(root).map_err(|e| Failure::from(RestoreError::from(e)));
         }
-        hand_over(root).map_err(|e| Failure::from(crate::restore::RestoreError::from(e)))
+        hand_over(root).map_err(|e| Failure::from(RestoreError::from(e)))
     }
 }
 
@@ -349,17 +347,13 @@ fn note_full(report: &mut RestoreReport, full: &Full) {
     }
 }
 
-fn cancelled() -> Failure {
-    Failure::new(Code::Cancelled, "restore: it was cancelled; the same command begins it anew")
-}
-
 fn failure(what: &str, error: &anyhow::Error) -> Failure {
     Failure::new(Code::Host, format!("{what}: {error:#}"))
 }
 
 fn drive_failure(error: DriveError) -> Failure {
     let code = match &error {
-        DriveError::Cancelled => return cancelled(),
+        DriveError::Cancelled => return RestoreError::Cancelled.into(),
         DriveError::WrongStop { .. } => Code::Corrupt,
         _ => Code::Host,
     };

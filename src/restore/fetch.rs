@@ -72,7 +72,8 @@ pub struct Fetch {
 impl Fetch {
     /// Writes all files; `global/pg_control` keeps a temporary name, see [`super::write`].
     ///
-    /// Cancel safety: dropping this future leaves an unfinished directory with its marker, which can be begun anew.
+    /// Cancel safety: dropping this future leaves an unfinished directory with its marker, which can be begun anew when
+    /// [`TargetDirectory::wait_written`] has returned.
     pub async fn run(&self, tables: TablePacks) -> Result<(), RestoreError> {
         let (send, receive) = mpsc::channel::<Range>(RANGES_AT_ONCE);
         // One more than cores: another opens frames while one waits for its turn to write.
@@ -158,7 +159,7 @@ impl Fetch {
         self.progress.fetched_bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
         let permit = cores.clone().acquire_owned().await.map_err(|_| RepositoryError::Stopping)?;
         let (codec, incarnation, progress) = (self.repository.codec().clone(), self.incarnation, self.progress.clone());
-        let opened = tokio::task::spawn_blocking(move || {
+        let opened = self.target.writers().spawn_blocking(move || {
             let _permit = permit;
             write_range(range, &stored, &progress, |pack, extent, bytes| {
                 open_frame(&codec, incarnation, pack, &extent.frame, bytes).ok()
@@ -178,7 +179,7 @@ impl Fetch {
         let plain = plain.map_err(|e| RestoreError::of_file(first.file.path().to_owned(), e))?;
         tracing::warn!(pack = first.pack.number, backup = %first.pack.backup, "a frame was damaged when first read");
         let progress = self.progress.clone();
-        let written = tokio::task::spawn_blocking(move || write_pieces(group, &plain, &progress));
+        let written = self.target.writers().spawn_blocking(move || write_pieces(group, &plain, &progress));
         written.await.map_err(|_| RepositoryError::Stopping)?
     }
 

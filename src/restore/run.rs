@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use tokio_util::sync::CancellationToken;
+
 use super::fetch::{Fetch, Progress};
 use super::plan::{Plan, PlanError};
 use super::recovery::{self, Configuration, Prepared, Recovery};
@@ -28,6 +30,8 @@ pub struct RestoreOptions {
     pub no_start: bool,
     /// How the directory will recover; without it the directory is not prepared for that.
     pub recovery: Option<Recovery>,
+    /// Ends the restore while it fetches.
+    pub cancel: CancellationToken,
 }
 
 /// Why a restore did not work.
@@ -49,6 +53,8 @@ pub enum RestoreError {
     BackupGone { backup: String },
     #[error("prepare the restored directory for recovery: {0:#}")]
     Prepare(anyhow::Error),
+    #[error("restore: it was cancelled; the same command begins it anew")]
+    Cancelled,
 }
 
 impl RestoreError {
@@ -70,6 +76,7 @@ impl From<RestoreError> for Failure {
             RestoreError::Extent(_) => Failure::new(Code::Corrupt, message),
             RestoreError::Planned(_) => Failure::new(Code::Usage, message).hint("Make the plan anew."),
             RestoreError::Prepare(_) => Failure::new(Code::Host, message),
+            RestoreError::Cancelled => Failure::new(Code::Cancelled, message),
             RestoreError::BackupGone { .. } => Failure::new(Code::NotFound, message).hint("Make the plan anew."),
         }
     }
@@ -102,9 +109,10 @@ pub fn check(plan: &Plan, directory: &Path, options: &RestoreOptions) -> Result<
     Ok(TargetDirectory::check(directory, plan, &options.tablespaces)?)
 }
 
-/// Executes `plan` into `directory`.
+/// Executes `plan` into `directory`. Whatever the outcome, nobody writes there any more when this returns.
 ///
-/// Cancel safety: dropping this future leaves an unfinished, marked directory; the same call begins it anew.
+/// Cancel safety: fire [`RestoreOptions::cancel`]; that leaves an unfinished, marked directory, and the same call begins it
+/// anew. Where this future is dropped, a few writers still end what they have begun, and must not meet another restore.
 pub async fn run(
     repository: &Repository,
     plan: Plan,
@@ -113,19 +121,13 @@ pub async fn run(
     progress: Arc<Progress>,
 ) -> Result<Restored, RestoreError> {
     let target = check(&plan, directory, options)?;
-    let incarnation = plan.incarnation().map_err(|e| RestoreError::Planned(e.0))?;
-    let commit = match catalogue::load_backup(repository, incarnation, &plan.backup.id).await {
-        Err(e) if e.is_not_found() => return Err(RestoreError::BackupGone { backup: plan.backup.id.to_string() }),
-        loaded => loaded?,
+    let fetched = tokio::select! {
+        biased;
+        () = options.cancel.cancelled() => Err(RestoreError::Cancelled),
+        fetched = fetch(repository, &plan, &target, &progress) => fetched,
     };
-    target.prepare(&plan)?;
-    let fetch =
-        Fetch { repository: repository.clone(), incarnation, target: target.clone(), progress: progress.clone() };
-    fetch.run(commit.tables).await?;
-    let fetcher = SegmentFetcher::new(repository, incarnation, plan.segment_size);
-    let done = || progress.segments.fetch_add(1, Ordering::Relaxed);
-    wal::preload(&fetcher, &plan, &target.pg_wal(), || _ = done()).await?;
-    let config_files = commit.surroundings.config_files;
+    target.wait_written().await;
+    let config_files = fetched?;
     let (finished, no_start, recovery) = (target.clone(), options.no_start, options.recovery.clone());
     let (plan, prepared) = blocking(move || {
         finished.rewrite_tablespace_map()?;
@@ -138,6 +140,28 @@ pub async fn run(
     })
     .await?;
     Ok(Restored { target, plan, prepared })
+}
+
+/// Files and WAL, without `pg_control`'s name. Gives the source's configuration files.
+async fn fetch(
+    repository: &Repository,
+    plan: &Plan,
+    target: &TargetDirectory,
+    progress: &Arc<Progress>,
+) -> Result<Vec<ConfigFile>, RestoreError> {
+    let incarnation = plan.incarnation().map_err(|e| RestoreError::Planned(e.0))?;
+    let commit = match catalogue::load_backup(repository, incarnation, &plan.backup.id).await {
+        Err(e) if e.is_not_found() => return Err(RestoreError::BackupGone { backup: plan.backup.id.to_string() }),
+        loaded => loaded?,
+    };
+    target.prepare(plan)?;
+    let fetch =
+        Fetch { repository: repository.clone(), incarnation, target: target.clone(), progress: progress.clone() };
+    fetch.run(commit.tables).await?;
+    let fetcher = SegmentFetcher::new(repository, incarnation, plan.segment_size).among(target.writers());
+    let done = || progress.segments.fetch_add(1, Ordering::Relaxed);
+    wal::preload(&fetcher, plan, &target.pg_wal(), || _ = done()).await?;
+    Ok(commit.surroundings.config_files)
 }
 
 /// Before `pg_control` has its name, so that no server is ever started here that would recover to another point.

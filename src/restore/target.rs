@@ -11,6 +11,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use tokio_util::task::TaskTracker;
 
 use super::plan::Plan;
 use super::space::{self, FileSystem, Need};
@@ -102,6 +103,7 @@ pub struct TargetDirectory {
     root: PathBuf,
     /// oid → directory, for tablespaces outside the data directory.
     tablespaces: BTreeMap<u32, PathBuf>,
+    writers: TaskTracker,
 }
 
 impl TargetDirectory {
@@ -119,7 +121,7 @@ impl TargetDirectory {
     pub fn choose(root: &Path, plan: &Plan, places: &TablespacePlaces) -> Result<TargetDirectory, TargetError> {
         let root = std::path::absolute(root).map_err(io_error("resolve", root))?;
         let tablespaces = place_tablespaces(&root, plan, places)?;
-        let target = TargetDirectory { root, tablespaces };
+        let target = TargetDirectory { root, tablespaces, writers: TaskTracker::new() };
         let state = target.usable_state(plan)?;
         let written_before: &[PathBuf] = state.as_ref().map_or(&[], |s| s.tablespaces.as_slice());
         for directory in target.tablespaces.values() {
@@ -155,6 +157,17 @@ impl TargetDirectory {
 
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Where those run who write here. They end when they are done, even if nobody waits for them any more.
+    pub(super) fn writers(&self) -> &TaskTracker {
+        &self.writers
+    }
+
+    /// Until nobody writes here any more. Whoever could begin another writer has been dropped.
+    pub(super) async fn wait_written(&self) {
+        self.writers.close();
+        self.writers.wait().await;
     }
 
     /// `pgrecall_restore` in the data directory.

@@ -19,9 +19,13 @@ impl World {
     }
 
     pub async fn restore(&self, plan: &Plan, into: &str) -> Result<run::Restored, run::RestoreError> {
+        run::run(&self.repository, plan.clone(), &self.path(into), &self.options(into), Arc::default()).await
+    }
+
+    pub fn options(&self, into: &str) -> run::RestoreOptions {
         let mut options = run::RestoreOptions::default();
         options.tablespaces.under = Some(self.path(&format!("{into}-spaces")));
-        run::run(&self.repository, plan.clone(), &self.path(into), &options, Arc::default()).await
+        options
     }
 
     /// Compares a restored directory with the files of the backup.

@@ -1,5 +1,8 @@
 use std::os::unix::fs::PermissionsExt;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
+use super::fetch::Progress;
 use super::gather::GatherError;
 use super::plan::PlanError;
 use super::run::RestoreError;
@@ -127,6 +130,45 @@ fn an_interrupted_restore_can_be_repeated() {
     target::hand_over(&world.path("data")).expect("hand over");
     let again = last.block_on(world.restore(&plan, "data"));
     assert!(matches!(again, Err(RestoreError::Target(TargetError::HandedOver(_)))), "{again:?}");
+}
+
+/// In one process, as in a daemon: those who write have ended when the restore returns, so the next one meets none of them.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_restore_has_no_writers_left_and_can_be_begun_anew_at_once() {
+    let world = World::with_backup(None).await;
+    let mut files = files();
+    files.extend((0..6).map(|n| (format!("base/9/{n}"), (0o600, noise(n + 900, 6_000_000)))));
+    world.put_backup(&files).await;
+    let plan = world.plan(stop(0x80_5000)).await.expect("plan");
+    let mut cancelled_count = 0;
+    for part in 0..8 {
+        let progress = Arc::new(Progress::default());
+        let options = world.options("data");
+        let (cancel, seen) = (options.cancel.clone(), progress.clone());
+        let enough = plan.backup.bytes * part / 8;
+        let watcher = std::thread::spawn(move || {
+            while seen.bytes.load(Ordering::Relaxed) < enough && !cancel.is_cancelled() {
+                std::hint::spin_loop();
+            }
+            cancel.cancel();
+        });
+        let result = run::run(&world.repository, plan.clone(), &world.path("data"), &options, progress.clone()).await;
+        options.cancel.cancel();
+        watcher.join().expect("the watcher");
+        // Each who writes files holds the progress.
+        let holders = Arc::strong_count(&progress);
+        match result {
+            Err(RestoreError::Cancelled) => {
+                cancelled_count += 1;
+                assert_eq!(holders, 1, "{part}");
+                assert!(!world.path("data/global/pg_control").exists());
+            }
+            other => drop(other.expect("it was faster than the watcher")),
+        }
+    }
+    assert!(cancelled_count > 4, "{cancelled_count}");
+    world.restore(&plan, "data").await.expect("the last one is left alone");
+    world.assert_restored("data", &files);
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 use futures::{StreamExt, TryStreamExt};
 use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
 
 use super::plan::{Plan, PlanError, PlannedObject, PlannedSegment};
 use super::run::RestoreError;
@@ -56,12 +57,19 @@ pub struct SegmentFetcher {
     incarnation: Incarnation,
     size: SegmentSize,
     budget: Arc<Semaphore>,
+    writers: TaskTracker,
 }
 
 impl SegmentFetcher {
     pub fn new(repository: &Repository, incarnation: Incarnation, size: SegmentSize) -> Self {
         let budget = Arc::new(Semaphore::new(BUDGET_MIB));
-        SegmentFetcher { repository: repository.clone(), incarnation, size, budget }
+        let writers = TaskTracker::new();
+        SegmentFetcher { repository: repository.clone(), incarnation, size, budget, writers }
+    }
+
+    /// Writes among these, so that somebody can wait for all of them.
+    pub(super) fn among(self, writers: &TaskTracker) -> Self {
+        SegmentFetcher { writers: writers.clone(), ..self }
     }
 
     pub fn repository(&self) -> &Repository {
@@ -103,7 +111,7 @@ impl SegmentFetcher {
                 let (from, to) = (object.use_from, object.use_to);
                 let start = usize::try_from(from.saturating_sub(object.from)).unwrap_or(usize::MAX);
                 let length = usize::try_from(to.saturating_sub(from)).unwrap_or(usize::MAX);
-                let wrote = tokio::task::spawn_blocking(move || {
+                let wrote = self.writers.spawn_blocking(move || {
                     let _permit = permit;
                     let bytes = content.get(start..start.saturating_add(length)).unwrap_or_default();
                     write_sparse(&file, from, bytes)
