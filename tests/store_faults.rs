@@ -36,7 +36,7 @@ pub fn location(bucket: &Bucket) -> Location {
     }))
 }
 
-async fn repository(bucket: &Bucket) -> Repository {
+pub async fn repository(bucket: &Bucket) -> Repository {
     let settings = StoreSettings { attempt_timeout: Duration::from_secs(2), ..StoreSettings::default() };
     let store = Store::open(&location(bucket), "shop", settings).expect("open");
     Repository::open_or_create(store, 1, None).await.expect("open or create")

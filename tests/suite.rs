@@ -35,4 +35,5 @@ mod resuming;
 mod server_questions;
 mod store_faults;
 mod wal_oracle;
+mod wal_stream;
 mod whole_way;
