@@ -1,8 +1,11 @@
 //! Where archiving goes on after an interruption, with servers that are not what they were.
 
-use pgrecall::archive::{Settings, State};
+use std::time::Duration;
 
-use crate::archive::{Running, keep, repository, stored, write};
+use pgrecall::archive::{ArchiveStatus, Settings, State};
+use pgrecall::pg::TimelineId;
+
+use crate::archive::{Running, assert_equal_to_server, keep, repository, stored, write};
 use crate::common::NEWEST;
 use crate::common::guard::Directory;
 use crate::common::postgres::{Stop, copy};
@@ -13,7 +16,7 @@ use crate::replication::config;
 async fn a_server_set_back_that_stands_at_the_stored_border_again_is_a_conflict() {
     let (mut cluster, dir) = (keep(NEWEST), Directory::new("archive"));
     let repository = repository(dir.path()).await;
-    let settings = || Settings { rpo: std::time::Duration::ZERO, ..Settings::default() };
+    let settings = || Settings { rpo: Duration::ZERO, ..Settings::default() };
     let running = Running::start_with(&repository, config(&cluster), settings()).await;
     let end = write(&cluster, 1_000);
     running.wait_stored(end).await;
@@ -40,4 +43,42 @@ async fn a_server_set_back_that_stands_at_the_stored_border_again_is_a_conflict(
     running.wait("conflict", |s| matches!(&s.state, State::Conflict(text) if text.contains("other content"))).await;
     running.stop().await;
     assert!(before == stored(&repository, 1).await, "the stored past is untouched");
+}
+
+/// Nobody stops the old primary: for a while there are two, and the stream from the old one does not end by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_promoted_while_the_old_primary_streams_is_followed_with_an_alarm() {
+    let dir = Directory::new("archive");
+    let repository = repository(dir.path()).await;
+    let mut old = keep(NEWEST);
+    let new = old.standby();
+    let mut connect = config(&old);
+    connect.hosts.extend(config(&new).hosts);
+    let settings = Settings { hosts_interval: Duration::from_millis(300), ..Settings::default() };
+    let running = Running::start_with(&repository, connect, settings).await;
+    let end = write(&old, 1_000);
+    assert_eq!(running.wait_stored(end).await.alarm, None);
+    new.wait_replayed(end);
+    new.promote();
+    write(&old, 100);
+    let on_two = async |end| {
+        let stored = |s: &ArchiveStatus| s.stored.is_some_and(|s| s.timeline == TimelineId(2) && s.end_lsn >= end);
+        running.wait("the new primary stored", stored).await
+    };
+    let alarm = on_two(write(&new, 1_000)).await.alarm.expect("two primaries");
+    assert!(alarm.contains("on timeline 1") && alarm.contains("on timeline 2"), "{alarm}");
+    assert_eq!(old.query("SELECT active FROM pg_replication_slots"), "f");
+
+    // It stays so, without another beginning, until the old one is gone.
+    let walsender = new.query("SELECT active_pid FROM pg_replication_slots");
+    write(&old, 100);
+    on_two(write(&new, 1_000)).await;
+    assert!(running.status.borrow().alarm.is_some());
+    old.stop(Stop::Fast);
+    running.wait("the alarm is over", |s| s.alarm.is_none()).await;
+    on_two(write(&new, 1_000)).await;
+    assert_eq!(new.query("SELECT active_pid FROM pg_replication_slots"), walsender);
+    running.stop().await;
+    assert!(assert_equal_to_server(&new, 2, &stored(&repository, 2).await) > 0);
+    assert_eq!(new.query("SELECT count(*) FROM t"), "4000");
 }

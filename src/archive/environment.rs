@@ -14,8 +14,9 @@ use super::housekeeping;
 use super::indexing;
 use super::missing;
 use super::observer::{Asking, Observer};
+use super::others::Others;
 use super::resume::{self, Conflict, Resume, ServerPosition};
-use super::servers::{self, Server};
+use super::servers::{self, Primary, Server};
 use super::settings::Settings;
 use super::slot;
 use super::status::{ArchiveStatus, State};
@@ -154,13 +155,15 @@ impl Archiver {
             Ok(candidates) => candidates,
             Err(conflict) => return Ok(Attempt::Again(State::Conflict(conflict.to_string()))),
         };
-        self.alarm(candidates.alarm);
+        servers::raise_alarm(&self.status, candidates.alarm);
+        let considered: Vec<Primary> = candidates.servers.iter().map(Server::primary).collect();
         let mut first_conflict = None;
         for mut server in candidates.servers {
             match self.prepare(&mut server, known.as_ref()).await? {
                 Ok((destination, resume)) => {
                     let resume = memory.comparable(resume, destination.segment_size);
-                    return self.stream(server, destination, resume, memory, cancel).await;
+                    let others = self.others(&server, resume.timeline, considered);
+                    return self.stream(server, (destination, resume), others, memory, cancel).await;
                 }
                 // One that does not descend from what is stored does not hinder one that does.
                 Err(conflict) => {
@@ -170,18 +173,6 @@ impl Archiver {
         }
         let conflict = first_conflict.context("no host is configured")?;
         Ok(Attempt::Again(State::Conflict(conflict.to_string())))
-    }
-
-    /// More than one primary answers: said once, and in the status as long as it lasts.
-    fn alarm(&self, alarm: Option<String>) {
-        self.status.send_if_modified(|s| {
-            let changed = s.alarm != alarm;
-            if let Some(primaries) = alarm.as_ref().filter(|_| changed) {
-                tracing::error!(primaries, "more than one primary answers: the highest timeline is followed");
-            }
-            s.alarm = alarm;
-            changed
-        });
     }
 
     /// Where the WAL of a server goes, and from where it is asked for.
@@ -310,12 +301,17 @@ impl Archiver {
         Attempt::Again(State::Waiting(holder.unwrap_or_else(|| message.to_owned())))
     }
 
+    fn others(&self, server: &Server, timeline: TimelineId, considered: Vec<Primary>) -> Others {
+        let (connect, status, interval) = (self.connect.clone(), self.status.clone(), self.settings.hosts_interval);
+        Others { connect, followed: server.primary(), timeline, considered, interval, status }
+    }
+
     /// Streams timeline after timeline until something ends it.
     async fn stream(
         &self,
         server: Server,
-        destination: Destination,
-        resume: Resume,
+        (destination, resume): (Destination, Resume),
+        others: Others,
         memory: &mut Memory,
         cancel: &CancellationToken,
     ) -> anyhow::Result<Attempt> {
@@ -356,7 +352,11 @@ impl Archiver {
         };
         let (reader, sender) = stream.split();
         let uploader = Uploader::new(destination.clone(), self.settings.puts_in_flight, trouble);
-        let (ended, _reader) = Stream::new(context, resume.clone(), sender, uploader).run(reader, cancel).await;
+        let leave = cancel.child_token();
+        let watching = tokio::spawn(others.run(leave.clone()));
+        let (ended, _reader) = Stream::new(context, resume.clone(), sender, uploader).run(reader, &leave).await;
+        leave.cancel();
+        let _ = watching.await;
         observer.stop().await;
         drop(units);
         let stop_indexing = indexing.abort_handle();
@@ -368,6 +368,8 @@ impl Archiver {
             Ended::Lost(error @ (ReplicationError::SegmentRemoved(_) | ReplicationError::SlotInvalidated(_))) => {
                 self.refused(error, memory, &destination, &resume, host_index).await
             }
+            // A primary on a higher timeline appeared: it is followed now, if it descends from what is stored.
+            Ended::Cancelled if !cancel.is_cancelled() => Ok(Attempt::Next),
             ended => self.after(ended, &destination, timeline).await,
         }
     }

@@ -11,6 +11,7 @@ pub mod housekeeping;
 pub mod indexing;
 mod missing;
 pub mod observer;
+mod others;
 pub mod pacing;
 pub mod progress;
 pub mod resume;

@@ -1,6 +1,9 @@
 //! Which of the configured hosts is followed.
 
+use tokio::sync::watch;
+
 use super::resume::Conflict;
+use super::status::ArchiveStatus;
 use crate::pg::SystemId;
 use crate::replication::session::SystemIdentity;
 use crate::replication::{ConnectConfig, ReplicationError, Session};
@@ -11,6 +14,20 @@ pub(super) struct Server {
     pub host_index: usize,
     pub name: String,
     pub identity: SystemIdentity,
+}
+
+/// What is known of a primary.
+#[derive(Debug, Clone)]
+pub(super) struct Primary {
+    pub host_index: usize,
+    pub name: String,
+    pub identity: SystemIdentity,
+}
+
+impl Server {
+    pub fn primary(&self) -> Primary {
+        Primary { host_index: self.host_index, name: self.name.clone(), identity: self.identity }
+    }
 }
 
 /// The primaries among the hosts that may be followed, in the order in which they are tried.
@@ -25,9 +42,24 @@ pub(super) struct Candidates {
 /// # Errors
 /// When no primary answers: what the first standby or the last host that failed said.
 pub(super) async fn primaries(connect_config: &ConnectConfig) -> anyhow::Result<Vec<Server>> {
+    primaries_but(connect_config, None).await
+}
+
+/// The primaries among the other hosts; one that does not answer is none.
+pub(super) async fn other_primaries(connect_config: &ConnectConfig, followed: usize) -> Vec<Primary> {
+    let servers = primaries_but(connect_config, Some(followed)).await.unwrap_or_default();
+    let mut found = Vec::with_capacity(servers.len());
+    for server in servers {
+        found.push(server.primary());
+        server.session.close().await;
+    }
+    found
+}
+
+async fn primaries_but(connect_config: &ConnectConfig, passed_over: Option<usize>) -> anyhow::Result<Vec<Server>> {
     let mut primaries: Vec<Server> = Vec::new();
     let mut last_error = None;
-    for (host_index, host) in connect_config.hosts.iter().enumerate() {
+    for (host_index, host) in connect_config.hosts.iter().enumerate().filter(|(index, _)| Some(*index) != passed_over) {
         let name = host.to_string();
         match connect(connect_config, host_index).await {
             Ok((session, identity)) if !session.in_hot_standby() => {
@@ -52,7 +84,8 @@ pub(super) async fn primaries(connect_config: &ConnectConfig) -> anyhow::Result<
 /// # Errors
 /// [`Conflict::TwoPrimaries`].
 pub(super) fn in_order(mut servers: Vec<Server>, stored: Option<SystemId>) -> Result<Candidates, Conflict> {
-    let alarm = (servers.len() > 1).then(|| described(&servers));
+    let all: Vec<Primary> = servers.iter().map(Server::primary).collect();
+    let alarm = (all.len() > 1).then(|| described(&all));
     if stored.is_some_and(|stored| servers.iter().any(|s| s.identity.system_id == stored)) {
         servers.retain(|server| Some(server.identity.system_id) == stored);
     }
@@ -60,17 +93,29 @@ pub(super) fn in_order(mut servers: Vec<Server>, stored: Option<SystemId>) -> Re
     if let [first, second, ..] = servers.as_slice()
         && (stored.is_none() || first.identity.timeline == second.identity.timeline)
     {
-        return Err(Conflict::TwoPrimaries(described(&servers)));
+        return Err(Conflict::TwoPrimaries(described(&servers.iter().map(Server::primary).collect::<Vec<_>>())));
     }
     Ok(Candidates { servers, alarm })
 }
 
-fn described(servers: &[Server]) -> String {
-    let one = |server: &Server| {
-        let SystemIdentity { system_id, timeline, .. } = server.identity;
-        format!("{} on timeline {timeline} of system {system_id}", server.name)
+pub(super) fn described<'a>(primaries: impl IntoIterator<Item = &'a Primary>) -> String {
+    let one = |primary: &Primary| {
+        let SystemIdentity { system_id, timeline, .. } = primary.identity;
+        format!("{} on timeline {timeline} of system {system_id}", primary.name)
     };
-    servers.iter().map(one).collect::<Vec<_>>().join(", ")
+    primaries.into_iter().map(one).collect::<Vec<_>>().join(", ")
+}
+
+/// More than one primary answers: said once, and in the status as long as it lasts.
+pub(super) fn raise_alarm(status: &watch::Sender<ArchiveStatus>, alarm: Option<String>) {
+    status.send_if_modified(|s| {
+        let changed = s.alarm != alarm;
+        if let Some(primaries) = alarm.as_ref().filter(|_| changed) {
+            tracing::error!(primaries, "more than one primary answers: the highest timeline is followed");
+        }
+        s.alarm = alarm;
+        changed
+    });
 }
 
 pub(super) async fn connect(

@@ -16,6 +16,8 @@ pub struct Settings {
     pub shutdown_grace: Duration,
     /// How often a claim of coverage is stored at most.
     pub coverage_interval: Duration,
+    /// How often the other hosts are asked whether one of them is a primary, too.
+    pub hosts_interval: Duration,
 }
 
 impl Default for Settings {
@@ -27,6 +29,7 @@ impl Default for Settings {
             buffer_bytes_max: 128 << 20,
             shutdown_grace: Duration::from_secs(30),
             coverage_interval: Duration::from_secs(60),
+            hosts_interval: Duration::from_secs(60),
         }
     }
 }
