@@ -21,6 +21,7 @@ mod cli;
 mod crash;
 mod daemon;
 mod damage;
+mod diverged;
 mod end_to_end;
 mod harness;
 mod incarnation;
