@@ -22,6 +22,7 @@ mod crash;
 mod daemon;
 mod damage;
 mod diverged;
+mod during_backup;
 mod end_to_end;
 mod harness;
 mod incarnation;

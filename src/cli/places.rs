@@ -43,6 +43,10 @@ impl PlacesArguments {
         plan.file_systems = target.space(plan).map_err(RestoreError::from)?;
         let too_small = plan.file_systems.iter().filter(|found| found.is_too_small());
         plan.lacks.extend(too_small.map(|found: &FileSystem| format!("disk space: {found}")));
+        let occupied = target.occupied(plan).map_err(RestoreError::from)?;
+        plan.lacks.extend(occupied.into_iter().map(|place| {
+            format!("the place of a tablespace that the replay makes: something is in {}", place.display())
+        }));
         Ok(())
     }
 }

@@ -187,28 +187,34 @@ impl Archive {
             .map_err(|e| Failure::new(Code::UnreachableTarget, format!("plan the restore: {e}")))
     }
 
-    /// The largest settings that the WAL between the plan's backup and its stop changes to. Indexes that are missing are
-    /// left out, but for the newest, which are often still to be made: replay finds out what they would have said.
-    async fn later_parameters(&self, plan: &Plan) -> Result<Option<RecoveryParameters>, RepositoryError> {
-        const MADE_MAX: usize = 2;
+    /// Adds to a plan what the WAL between its backup and its stop does beside changing blocks: the largest settings that it
+    /// changes to, and the tablespaces that it makes. Indexes that are missing are made.
+    async fn note_what_wal_does(&self, plan: &mut Plan) -> Result<(), RepositoryError> {
         let size = self.gathered.known.identity.segment_size;
-        let Some(path) = self.history.path_to(plan.stop.timeline) else { return Ok(None) };
+        let Some(path) = self.history.path_to(plan.stop.timeline) else { return Ok(()) };
         let mut places = self.segments(&path, plan.backup.start_lsn);
         places.retain(|(segment, _)| segment.start_lsn(size) < plan.stop.end_lsn);
         let indexes = self.list_indexes(path.legs().iter().map(|leg| leg.timeline).collect()).await?;
-        let newest: Vec<Place> = places.iter().rev().take(MADE_MAX).copied().collect();
-        places.retain(|place| indexes.key(*place).is_some() || newest.contains(place));
         let reads = futures::stream::iter(indexes.chunks(&places)).map(|chunk| self.read_chunk(chunk, &indexes));
         let mut chunks = std::pin::pin!(reads.buffered(READS_MAX));
         let mut largest: Option<RecoveryParameters> = None;
+        let replayed = plan.backup.start_lsn..plan.stop.end_lsn;
         while let Some(chunk) = chunks.try_next().await? {
-            let changes = chunk.iter().flat_map(|(_, seen)| &seen.index().parameter_changes);
-            for change in changes.filter(|change| change.lsn < plan.stop.end_lsn) {
-                let needed = change.what.needed();
-                largest = Some(largest.map_or(needed.clone(), |largest| largest.raised_to(&needed)));
+            for index in chunk.iter().map(|(_, seen)| seen.index()) {
+                for change in index.parameter_changes.iter().filter(|change| change.lsn < plan.stop.end_lsn) {
+                    let needed = change.what.needed();
+                    largest = Some(largest.map_or(needed.clone(), |largest| largest.raised_to(&needed)));
+                }
+                let made = index.made_tablespaces.iter().filter(|made| replayed.contains(&made.lsn));
+                plan.made_tablespaces.extend(made.map(|made| made.what.path.clone()));
             }
         }
-        Ok(largest)
+        plan.made_tablespaces.sort();
+        plan.made_tablespaces.dedup();
+        if let Some(largest) = largest {
+            plan.raise(largest);
+        }
+        Ok(())
     }
 
     /// The indexes of a timeline's stored segments from the one that holds `from` on.
@@ -373,9 +379,7 @@ async fn plan_in(
         };
         match planned {
             Ok((moment, mut plan)) => {
-                if let Some(later) = archive.later_parameters(&plan).await? {
-                    plan.raise(later);
-                }
+                archive.note_what_wal_does(&mut plan).await?;
                 return Ok((moment, plan, archive));
             }
             Err(error) if error.may_be_stale() && again => again = false,

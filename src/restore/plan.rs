@@ -84,6 +84,9 @@ pub struct Plan {
     /// The largest settings that the WAL up to the stop changes to, as far as it is indexed.
     #[serde(default)]
     pub later_parameters: Option<RecoveryParameters>,
+    /// Where replay makes tablespaces that the backup does not have: nothing leads it elsewhere.
+    #[serde(default)]
+    pub made_tablespaces: Vec<String>,
     /// What this host lacks to run the cluster.
     pub lacks: Vec<String>,
     /// What the operator should know.
@@ -233,6 +236,7 @@ impl Plan {
             settings: settings(backup),
             preload_libraries: replay_libraries(&backup.surroundings).0,
             later_parameters: None,
+            made_tablespaces: Vec::new(),
             lacks: input.lacks.iter().cloned().chain(replay_libraries(&backup.surroundings).1).collect(),
             notes: notes(backup),
         })
@@ -329,6 +333,9 @@ impl fmt::Display for Plan {
         writeln!(f, "  disk      {} before replay", show_bytes(self.disk_bytes))?;
         for tablespace in self.outside() {
             writeln!(f, "            {} of it in the tablespace {}", show_bytes(tablespace.bytes), tablespace.path)?;
+        }
+        for place in &self.made_tablespaces {
+            writeln!(f, "            the tablespace {place} is made by the replay, there and nowhere else")?;
         }
         for file_system in &self.file_systems {
             writeln!(f, "            {file_system}")?;

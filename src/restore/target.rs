@@ -75,6 +75,8 @@ pub enum TargetError {
     TablespacePath(PathBuf),
     #[error("use {0:?} of the backup: it is not a path inside the data directory")]
     UnsafePath(String),
+    #[error("restore: a tablespace was made at {} after the backup, replay makes it there again, and something is there", .0.display())]
+    MadeTablespace(PathBuf),
     #[error("use tablespace_map of the backup: {0}")]
     TablespaceMap(String),
     #[error("{action} {}: {source}", path.display())]
@@ -92,6 +94,9 @@ impl TargetError {
             TargetError::Space(_) => "Make room, or name a directory on a larger file system.",
             TargetError::NoSuchTablespace { .. } => "Write --tablespace OLD=NEW with OLD as the source had it.",
             TargetError::TablespacePath(_) => "Choose other directories with --tablespace or --tablespaces-under.",
+            TargetError::MadeTablespace(_) => {
+                "Restore on a host where that directory is free, from a backup that was taken later, or to a moment before."
+            }
             _ => return None,
         })
     }
@@ -103,6 +108,8 @@ pub struct TargetDirectory {
     root: PathBuf,
     /// oid → directory, for tablespaces outside the data directory.
     tablespaces: BTreeMap<u32, PathBuf>,
+    /// Where replay will make tablespaces.
+    made_tablespaces: Vec<PathBuf>,
     writers: TaskTracker,
 }
 
@@ -114,14 +121,31 @@ impl TargetDirectory {
         if file_systems.iter().any(FileSystem::is_too_small) {
             return Err(TargetError::Space(file_systems));
         }
-        Ok(target)
+        match target.occupied(plan)?.into_iter().next() {
+            Some(place) => Err(TargetError::MadeTablespace(place)),
+            None => Ok(target),
+        }
+    }
+
+    /// Places where replay will make tablespaces, and where something is already: it may be the source's own.
+    pub fn occupied(&self, plan: &Plan) -> Result<Vec<PathBuf>, TargetError> {
+        let state = self.usable_state(plan)?;
+        let written_before: &[PathBuf] = state.as_ref().map_or(&[], |s| s.tablespaces.as_slice());
+        let mut found = Vec::new();
+        for place in self.made_tablespaces.iter().filter(|place| !written_before.contains(place)) {
+            if !is_empty(place)? {
+                found.push(place.clone());
+            }
+        }
+        Ok(found)
     }
 
     /// [`TargetDirectory::check`], whether the files fit or not.
     pub fn choose(root: &Path, plan: &Plan, places: &TablespacePlaces) -> Result<TargetDirectory, TargetError> {
         let root = std::path::absolute(root).map_err(io_error("resolve", root))?;
         let tablespaces = place_tablespaces(&root, plan, places)?;
-        let target = TargetDirectory { root, tablespaces, writers: TaskTracker::new() };
+        let made_tablespaces = plan.made_tablespaces.iter().map(PathBuf::from).collect();
+        let target = TargetDirectory { root, tablespaces, made_tablespaces, writers: TaskTracker::new() };
         let state = target.usable_state(plan)?;
         let written_before: &[PathBuf] = state.as_ref().map_or(&[], |s| s.tablespaces.as_slice());
         for directory in target.tablespaces.values() {
@@ -148,7 +172,7 @@ impl TargetDirectory {
             }
         }
         self.write_state(plan, Phase::Fetching)?;
-        for directory in self.tablespaces.values() {
+        for directory in self.tablespaces.values().chain(&self.made_tablespaces) {
             make_directory(directory, 0o700)?;
             set_mode(directory, 0o700)?;
         }
@@ -235,7 +259,7 @@ impl TargetDirectory {
             environment: plan.environment.clone(),
             incarnation: plan.incarnation.clone(),
             backup: plan.backup.id.to_string(),
-            tablespaces: self.tablespaces.values().cloned().collect(),
+            tablespaces: self.tablespaces.values().chain(&self.made_tablespaces).cloned().collect(),
         };
         save_state(&self.root, &state)
     }

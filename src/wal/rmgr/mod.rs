@@ -4,6 +4,7 @@
 
 use std::fmt;
 
+pub mod tblspc;
 pub mod xact;
 pub mod xlog;
 
@@ -39,6 +40,7 @@ const NAMES: [&str; 22] = [
 impl Rmgr {
     pub const XLOG: Rmgr = Rmgr(0);
     pub const XACT: Rmgr = Rmgr(1);
+    pub const TBLSPC: Rmgr = Rmgr(5);
 
     /// The name that `pg_waldump` prints; `None` for one that no version up to 18 has built in.
     pub fn name(self) -> Option<&'static str> {

@@ -8,13 +8,14 @@
 //! so memory stays within a small multiple of the input.
 
 use super::{
-    At, Checkpoint, Completeness, EndKind, EndOfRecovery, Parameters, RestorePoint, SegmentIndex, TransactionEnd,
-    WalLevel,
+    At, Checkpoint, Completeness, EndKind, EndOfRecovery, MadeTablespace, Parameters, RestorePoint, SegmentIndex,
+    TransactionEnd, WalLevel,
 };
 use crate::pg::{FullXid, Lsn, Major, TimelineId, Timestamp, Xid};
 
-/// The first byte of an encoded index; part of its name in storage too.
-pub const INDEX_VERSION: u8 = 1;
+/// The first byte of an encoded index; part of its name in storage too. Since 2 an index names the tablespaces that were made:
+/// one of version 1 cannot say that there were none, and is made again.
+pub const INDEX_VERSION: u8 = 2;
 
 const SECTION_SEGMENT: u64 = 1;
 const SECTION_ENDS: u64 = 2;
@@ -23,6 +24,7 @@ const SECTION_PARAMETERS: u64 = 4;
 const SECTION_CHECKPOINTS: u64 = 5;
 const SECTION_BACKUP_ENDS: u64 = 6;
 const SECTION_ENDS_OF_RECOVERY: u64 = 7;
+const SECTION_MADE_TABLESPACES: u64 = 8;
 
 const WHOLE: u64 = 0;
 const TAIL: u64 = 1;
@@ -80,6 +82,13 @@ impl SegmentIndex {
                 out.number(u64::from(end.what.timeline.0));
                 out.number(u64::from(end.what.previous_timeline.0));
                 out.level(end.what.wal_level);
+            }
+        });
+        entries(SECTION_MADE_TABLESPACES, self.made_tablespaces.len(), &|out| {
+            for made in &self.made_tablespaces {
+                out.lsn(made.lsn);
+                out.number(u64::from(made.what.oid));
+                out.text(&made.what.path);
             }
         });
         out
@@ -144,6 +153,9 @@ impl SegmentIndex {
                 }
                 SECTION_ENDS_OF_RECOVERY => {
                     index.ends_of_recovery = entries(content, "ends of recovery", SectionReader::end_of_recovery)?;
+                }
+                SECTION_MADE_TABLESPACES => {
+                    index.made_tablespaces = entries(content, "tablespaces", SectionReader::made_tablespace)?;
                 }
                 _ => {}
             }
@@ -393,6 +405,12 @@ impl<'a> SectionReader<'a> {
 
     fn restore_point(&mut self) -> Result<RestorePoint, DecodeError> {
         Ok(RestorePoint { lsn: self.lsn()?, time: self.time()?, name: self.text()? })
+    }
+
+    fn made_tablespace(&mut self) -> Result<At<MadeTablespace>, DecodeError> {
+        let lsn = self.lsn()?;
+        let oid = u32::try_from(self.number()?).map_err(|_| DecodeError::Value(self.what))?;
+        Ok(At { lsn, what: MadeTablespace { oid, path: self.text()? } })
     }
 
     fn parameters(&mut self) -> Result<At<Parameters>, DecodeError> {

@@ -4,7 +4,7 @@ use super::{At, Completeness, RestorePoint, SegmentIndex, TransactionEnd};
 use crate::pg::{FullXid, Lsn};
 use crate::wal::reader::{Reader, Start, Stop, Stream};
 use crate::wal::record::{Fragments, RawRecord};
-use crate::wal::rmgr::{Rmgr, xact, xlog};
+use crate::wal::rmgr::{Rmgr, tblspc, xact, xlog};
 
 /// Reads the WAL of one timeline and indexes it segment by segment.
 ///
@@ -189,7 +189,7 @@ impl Noted<'_> {
 
     fn understand(&mut self, record: &RawRecord<'_>) -> Result<(), String> {
         let rmgr = record.header.rmgr;
-        if rmgr != Rmgr::XACT && rmgr != Rmgr::XLOG {
+        if ![Rmgr::XACT, Rmgr::XLOG, Rmgr::TBLSPC].contains(&rmgr) {
             return Ok(());
         }
         self.fragments.decode(record).map_err(|error| error.to_string())?;
@@ -200,6 +200,11 @@ impl Noted<'_> {
                 let (lsn, end_lsn) = (record.lsn, record.end_lsn);
                 self.current.ends.push(TransactionEnd { lsn, end_lsn, kind: end.kind, xid: end.xid, time: end.time });
             }
+            return Ok(());
+        }
+        if rmgr == Rmgr::TBLSPC {
+            let made = tblspc::decode(record.op(), main).map_err(|error| error.to_string())?;
+            self.current.made_tablespaces.extend(made.map(|what| At { lsn: record.lsn, what }));
             return Ok(());
         }
         let decoded = xlog::decode(record.format, record.op(), main).map_err(|error| error.to_string())?;

@@ -15,6 +15,7 @@ mod rollup;
 #[expect(clippy::cast_possible_truncation, reason = "numbers of the tests themselves")]
 mod tests;
 
+pub use super::rmgr::tblspc::MadeTablespace;
 pub use super::rmgr::xact::EndKind;
 pub use super::rmgr::xlog::{Checkpoint, EndOfRecovery, Parameters, WalLevel};
 pub use codec::{DecodeError, INDEX_VERSION};
@@ -49,6 +50,8 @@ pub struct SegmentIndex {
     /// Ends of base backups, with the start of the backup that ended.
     pub backup_ends: Vec<At<Lsn>>,
     pub ends_of_recovery: Vec<At<EndOfRecovery>>,
+    /// Outside the data directory.
+    pub made_tablespaces: Vec<At<MadeTablespace>>,
 }
 
 /// Whether the index holds all of its segment.
@@ -117,6 +120,7 @@ impl SegmentIndex {
             checkpoints: Vec::new(),
             backup_ends: Vec::new(),
             ends_of_recovery: Vec::new(),
+            made_tablespaces: Vec::new(),
         }
     }
 

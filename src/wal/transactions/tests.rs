@@ -119,6 +119,7 @@ fn what_the_wal_says_of_itself_is_kept() {
     point.resize(8 + 64, 0);
     let named = wal.record(0, 0x70, 0, &point);
     let ended = wal.record(0, 0x50, 0, &0x1234_u64.to_le_bytes());
+    let made = wal.record(5, 0x00, 0, b"\x74\x40\0\0/srv/fast\0");
     wal.commit(u32::MAX, 5);
     wal.record(22, 0, 0, &[1]);
     let index = index(&wal, usize::MAX).remove(0);
@@ -129,6 +130,8 @@ fn what_the_wal_says_of_itself_is_kept() {
     assert_eq!(at.what.time, Timestamp::from_unix_seconds(1_700_000_000));
     assert_eq!((index.restore_points[0].lsn, index.restore_points[0].name.as_str()), (named, "before the migration"));
     assert_eq!(index.backup_ends, [At { lsn: ended, what: Lsn(0x1234) }]);
+    let place = MadeTablespace { oid: 0x4074, path: "/srv/fast".to_owned() };
+    assert_eq!(index.made_tablespaces, [At { lsn: made, what: place }]);
     assert_eq!(index.full_xid(&index.ends[0]), Some(FullXid(2 << 32 | u64::from(u32::MAX))));
     assert!(index.has_unknown_rmgr);
     assert_eq!(index.completeness, Completeness::Tail);
@@ -152,8 +155,8 @@ fn sections_of_later_programs_are_skipped() {
     let mut bytes = index.encode();
     bytes.extend_from_slice(&[99, 3, 1, 2, 3]);
     assert_eq!(SegmentIndex::decode(&bytes), Ok(index));
-    bytes[0] = 2;
-    assert_eq!(SegmentIndex::decode(&bytes), Err(DecodeError::Version { found: 2 }));
+    bytes[0] = 99;
+    assert_eq!(SegmentIndex::decode(&bytes), Err(DecodeError::Version { found: 99 }));
 }
 
 fn arbitrary_index() -> impl Strategy<Value = SegmentIndex> {
@@ -186,9 +189,10 @@ fn arbitrary_index() -> impl Strategy<Value = SegmentIndex> {
         proptest::collection::vec(point, 0..5),
         proptest::collection::vec(recovery, 0..3),
         proptest::collection::vec(any::<(u64, u64)>(), 0..3),
+        proptest::collection::vec((any::<u64>(), any::<u32>(), ".{0,20}"), 0..3),
     );
     (any::<(u32, u64, u64, bool)>(), completeness, lists).prop_map(
-        |((timeline, start, end, flag), completeness, (ends, points, recoveries, backups))| SegmentIndex {
+        |((timeline, start, end, flag), completeness, (ends, points, recoveries, backups, places))| SegmentIndex {
             end_lsn: Lsn(end),
             completeness,
             major: flag.then_some(Major(17)),
@@ -197,6 +201,10 @@ fn arbitrary_index() -> impl Strategy<Value = SegmentIndex> {
             ends,
             restore_points: points,
             ends_of_recovery: recoveries,
+            made_tablespaces: places
+                .into_iter()
+                .map(|(lsn, oid, path)| At { lsn: Lsn(lsn), what: MadeTablespace { oid, path } })
+                .collect(),
             backup_ends: backups.into_iter().map(|(a, b)| At { lsn: Lsn(a), what: Lsn(b) }).collect(),
             ..SegmentIndex::empty(TimelineId(timeline), Lsn(start))
         },
