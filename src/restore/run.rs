@@ -73,11 +73,15 @@ impl From<RestoreError> for Failure {
             }
             RestoreError::Repository(e) | RestoreError::File { source: e, .. } => repository_failure(e, message),
             RestoreError::Plan(_) => Failure::new(Code::UnreachableTarget, message),
-            RestoreError::Extent(_) => Failure::new(Code::Corrupt, message),
-            RestoreError::Planned(_) => Failure::new(Code::Usage, message).hint("Make the plan anew."),
+            RestoreError::Extent(_) => Failure::new(Code::Corrupt, format!("restore: {message}")),
+            RestoreError::Planned(_) => {
+                Failure::new(Code::Usage, format!("restore: {message}")).hint("Make the plan anew.")
+            }
             RestoreError::Prepare(_) => Failure::new(Code::Host, message),
             RestoreError::Cancelled => Failure::new(Code::Cancelled, message),
-            RestoreError::BackupGone { .. } => Failure::new(Code::NotFound, message).hint("Make the plan anew."),
+            RestoreError::BackupGone { .. } => {
+                Failure::new(Code::NotFound, format!("restore: {message}")).hint("Make the plan anew.")
+            }
         }
     }
 }
