@@ -17,6 +17,7 @@ mod archive;
 mod authentication;
 mod backup;
 mod base_backup;
+mod bounds;
 mod cli;
 mod crash;
 mod daemon;
