@@ -120,6 +120,12 @@ async fn few_objects_are_read_to_find_a_moment_among_ten_thousand_segments() {
         moments.push(moment);
     }
 
+    // Where nothing more can be found the search ends, but for the reads that are under way.
+    let position = format!("lsn:{}", Lsn(5000 * SIZE + 3040));
+    let (moment, reads) = find(&archive, &position).await;
+    println!("{position}: {reads} reads without roll-ups");
+    assert!(moment.stop.lsn == Lsn(5000 * SIZE + 3040) && reads <= 3 + READS_MAX as u64, "{moment:?}: {reads} reads");
+
     let (incarnation, size) = (world.known.incarnation, segment_size());
     let destination = Destination { repository: world.repository.clone(), incarnation, segment_size: size };
     for _ in 0..2 {
