@@ -68,7 +68,7 @@ impl From<RestoreError> for Failure {
         let message = error.to_string();
         match &error {
             RestoreError::Target(e) => {
-                let failure = Failure::new(Code::Host, format!("restore: {message}"));
+                let failure = Failure::new(Code::Host, message);
                 e.hint().map_or(failure.clone(), |hint| failure.hint(hint))
             }
             RestoreError::Repository(e) | RestoreError::File { source: e, .. } => repository_failure(e, message),
