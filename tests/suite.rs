@@ -25,6 +25,7 @@ mod damage;
 mod diverged;
 mod during_backup;
 mod end_to_end;
+mod fuzz;
 mod harness;
 mod incarnation;
 mod instance;
