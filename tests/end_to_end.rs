@@ -88,6 +88,7 @@ impl World {
             wal_get: Vec::new(),
             postgres_bin_dirs: vec![pg_bin(self.cluster.major())],
             user: "postgres".into(),
+            socket_directory: None,
         };
         let report = execute(&self.repository, plan, &request, &mut Quiet, CancellationToken::new()).await;
         let report = report.unwrap_or_else(|e| panic!("{e}; {:?}", e.hint));

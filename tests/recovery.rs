@@ -146,6 +146,7 @@ fn recovery(timeline: u32, lsn: Lsn, inclusive: bool, finish: Finish) -> Recover
         preload_libraries: Vec::new(),
         jit: false,
         shared_buffers_bytes: 16 << 20,
+        socket_directory: None,
     }
 }
 

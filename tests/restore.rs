@@ -134,6 +134,7 @@ impl Stored {
             wal_get: [&program, "--config", &config, "wal-get", "%f", "%p"].map(String::from).to_vec(),
             postgres_bin_dirs: vec![places::pg_bin(plan.backup.major.0)],
             user: "postgres".into(),
+            socket_directory: None,
         };
         let cancel = CancellationToken::new();
         execute(&self.repository, plan.clone(), &request, &mut Nobody, cancel).await.unwrap_or_else(|e| {

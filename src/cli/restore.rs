@@ -117,23 +117,11 @@ fn request_of(context: &Context, environment: &Environment, arguments: &Argument
         with_config: arguments.with_config,
         no_start: arguments.no_start,
         tablespaces: arguments.places.tablespaces(),
-        wal_get: wal_get_words(&absolute(&context.config_path)?)?,
+        wal_get: restore::wal_get_words(&absolute(&context.config_path)?)?,
         postgres_bin_dirs: environment.restore.postgres_bin_dirs.clone(),
         user: arguments.user.clone(),
+        socket_directory: None,
     })
-}
-
-/// The restore_command of the restored server: this very program with this very configuration.
-fn wal_get_words(config: &std::path::Path) -> Result<Vec<String>, Failure> {
-    let program = std::env::current_exe();
-    let program = program.map_err(|error| Failure::new(Code::Host, format!("find this program: {error}")))?;
-    let text = |path: &std::path::Path| {
-        let wrong = || Failure::new(Code::Host, format!("use {}: its name is not UTF-8", path.display()));
-        path.to_str().map(str::to_owned).ok_or_else(wrong)
-    };
-    let mut words = vec![text(&program)?, "--config".to_owned(), text(config)?];
-    words.extend(["wal-get", "%f", "%p"].map(str::to_owned));
-    Ok(words)
 }
 
 /// Shows how far a restore is.

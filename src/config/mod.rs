@@ -10,6 +10,7 @@
 mod build;
 mod document;
 mod environment;
+mod sandbox;
 mod secret_ref;
 #[cfg(test)]
 mod tests;
@@ -23,6 +24,7 @@ pub use environment::{Archive, Environment, EnvironmentName, Location, Postgres,
 pub use secret_ref::{SecretError, SecretRef};
 
 use crate::error::{Code, Failure};
+use crate::operations;
 use crate::telemetry;
 use crate::util::nearest::nearest;
 use document::{Document, Section};
@@ -43,6 +45,7 @@ pub struct Config {
     /// Time for the tails to be stored when the daemon is stopped.
     pub shutdown_grace: Duration,
     pub limits: Limits,
+    pub sandbox: operations::sandbox::Settings,
     pub environments: BTreeMap<EnvironmentName, Environment>,
 }
 
@@ -98,6 +101,7 @@ impl Config {
         let root = document.root(&table);
         let log = read_log(root.table("log"));
         let limits = read_limits(root.table("limits"));
+        let sandbox = sandbox::read(root.table("sandbox"));
         let control_socket = root.parsed("control_socket", environment::absolute_path);
         let shutdown_grace =
             root.duration("shutdown_grace", SHUTDOWN_GRACE, Duration::from_secs(1)..=SHUTDOWN_GRACE_MAX);
@@ -126,6 +130,7 @@ impl Config {
                 control_socket: control_socket.unwrap_or_else(|| PathBuf::from(DEFAULT_CONTROL_SOCKET)),
                 shutdown_grace,
                 limits,
+                sandbox,
                 environments,
             }),
             problems => Err(problems),

@@ -6,7 +6,7 @@ use super::*;
 const EXAMPLE: &str = include_str!("../../config.example.toml");
 
 /// Keys without a default, which the example shows with an invented value.
-const INVENTED: [&str; 13] = [
+const INVENTED: [&str; 15] = [
     "password_file",
     "password_env",
     "endpoint",
@@ -20,6 +20,8 @@ const INVENTED: [&str; 13] = [
     "ca_file",
     "master_key_file",
     "master_key_env",
+    "directory",
+    "quota",
 ];
 
 fn parse(text: &str) -> Result<Config, Vec<Problem>> {
@@ -70,6 +72,7 @@ fn the_example_holds_every_key() {
     let root = document.root(&table);
     read_log(root.table("log"));
     read_limits(root.table("limits"));
+    sandbox::read(root.table("sandbox"));
     root.text("control_socket");
     root.text("shutdown_grace");
     for (name, section) in root.named_tables("environment", "defaults") {
@@ -77,7 +80,7 @@ fn the_example_holds_every_key() {
     }
     let keys: BTreeSet<String> = document.schema();
     assert!(keys.contains("environment.*.s3.endpoint"), "{keys:?}");
-    for key in keys.iter().filter(|key| !matches!(key.as_str(), "environment" | "defaults" | "log" | "limits")) {
+    for key in keys.iter().filter(|key| !matches!(key.as_str(), "environment" | "defaults" | "log" | "limits" | "sandbox")) {
         let name = key.rsplit('.').next().expect("the last part");
         let written = |line: &str| line.trim_start_matches('#').starts_with(&format!("{name} = "));
         let table = |line: &str| line.trim_start_matches('#').ends_with(&format!(".{name}]"));
@@ -239,4 +242,18 @@ fn places_are_read_strictly() {
     for wrong in ["s3://", "s3://b//x", "s3://bucket/../x", "file://a", "file:///a/../b", "/a", "http://a"] {
         assert!(place(wrong).is_err(), "{wrong}");
     }
+}
+
+#[test]
+fn a_sandbox_area_has_a_short_path_and_a_life_within_its_limit() {
+    let text = format!(
+        "[sandbox]\ndirectory = \"/{}\"\nexpiry = \"8d\"\nquota = \"1kB\"\n[environment.shop]\nrepository = \"file:///a\"\n",
+        "a".repeat(60)
+    );
+    let too_small = "4 sandbox.quota: \"1kB\" is not between";
+    check(&text, &["1 sandbox: expiry is longer than expiry_max", "2 sandbox.directory: has 61 bytes", too_small]);
+    let text = "[sandbox]\ndirectory = \"/area\"\nquota = \"2GiB\"\n[environment.shop]\nrepository = \"file:///a\"\n";
+    let sandbox = parse(text).expect("valid").sandbox;
+    assert_eq!((sandbox.directory, sandbox.quota_bytes), (Some("/area".into()), Some(2 << 30)));
+    assert_eq!(sandbox.expiry, Duration::from_hours(24));
 }

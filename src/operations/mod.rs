@@ -4,4 +4,5 @@ pub mod backup;
 mod indexes;
 pub mod locate;
 pub mod restore;
+pub mod sandbox;
 pub mod window;

@@ -59,6 +59,8 @@ pub struct RestoreRequest {
     pub postgres_bin_dirs: Vec<PathBuf>,
     /// A superuser of the restored cluster.
     pub user: String,
+    /// Where the server's socket goes, instead of a directory in the data directory.
+    pub socket_directory: Option<PathBuf>,
 }
 
 /// Who hears of the progress of a restore.
@@ -134,6 +136,19 @@ pub fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
+/// The restore_command of the restored server: this very program with this very configuration.
+pub fn wal_get_words(config: &Path) -> Result<Vec<String>, Failure> {
+    let program = std::env::current_exe();
+    let program = program.map_err(|error| Failure::new(Code::Host, format!("find this program: {error}")))?;
+    let text = |path: &Path| {
+        let wrong = || Failure::new(Code::Host, format!("use {}: its name is not UTF-8", path.display()));
+        path.to_str().map(str::to_owned).ok_or_else(wrong)
+    };
+    let mut words = vec![text(&program)?, "--config".to_owned(), text(config)?];
+    words.extend(["wal-get", "%f", "%p"].map(str::to_owned));
+    Ok(words)
+}
+
 /// PostgreSQL would say no after everything was fetched.
 fn refuse_root(is_root: bool) -> Result<(), Failure> {
     if !is_root {
@@ -166,6 +181,7 @@ fn recovery_of(plan: &Plan, request: &RestoreRequest) -> Recovery {
         preload_libraries: plan.preload_libraries.clone(),
         jit: false,
         shared_buffers_bytes: host::cache_bytes(),
+        socket_directory: request.socket_directory.clone(),
     }
 }
 

@@ -63,6 +63,8 @@ pub struct Recovery {
     pub preload_libraries: Vec<String>,
     pub jit: bool,
     pub shared_buffers_bytes: u64,
+    /// Where the server's socket goes, instead of a directory in the data directory.
+    pub socket_directory: Option<PathBuf>,
 }
 
 /// A directory that is ready to be started.
@@ -81,9 +83,12 @@ pub struct Prepared {
 }
 
 /// A socket's path has at most so many bytes (`sun_path`, with its terminator).
-const SOCKET_PATH_BYTES_MAX: usize = 107;
+pub const SOCKET_PATH_BYTES_MAX: usize = 107;
 
-const PORT: u16 = 5432;
+/// Of `/.s.PGSQL.5432`.
+pub const SOCKET_NAME_BYTES: usize = 14;
+
+pub const PORT: u16 = 5432;
 
 /// Files that say something about a server that ran elsewhere.
 const LEFTOVERS: [&str; 4] = ["postmaster.pid", "postmaster.opts", "standby.signal", "recovery.signal"];
@@ -124,7 +129,7 @@ pub fn prepare_with(data_directory: &Path, control: ControlFile, recovery: &Reco
     for name in LEFTOVERS {
         remove_if_there(&data_directory.join(name))?;
     }
-    let socket_directory = make_socket_directory(data_directory)?;
+    let socket_directory = make_socket_directory(data_directory, recovery.socket_directory.as_deref())?;
     let mut prepared = Prepared {
         data_directory: data_directory.to_owned(),
         major,
@@ -309,14 +314,18 @@ fn own_places(data_directory: &Path) -> anyhow::Result<()> {
     write(&main, format!("{own}\n{MARK}{places}").as_bytes())
 }
 
-/// A directory that only we can enter, inside the data directory unless its path is too long for a socket.
-fn make_socket_directory(data_directory: &Path) -> anyhow::Result<PathBuf> {
+/// A directory that only we can enter: the chosen one, else inside the data directory unless its path is too long for a
+/// socket.
+fn make_socket_directory(data_directory: &Path, chosen: Option<&Path>) -> anyhow::Result<PathBuf> {
     let inside = data_directory.join(".pgrecall");
-    let socket_name_bytes = format!("/.s.PGSQL.{PORT}").len();
-    let fits = inside.as_os_str().len() + socket_name_bytes <= SOCKET_PATH_BYTES_MAX;
-    let directory = match fits {
-        true => inside,
-        false => {
+    let fits = |directory: &Path| directory.as_os_str().len() + SOCKET_NAME_BYTES <= SOCKET_PATH_BYTES_MAX;
+    let directory = match chosen {
+        Some(chosen) => {
+            ensure!(fits(chosen), "{} is too long for the path of a socket", chosen.display());
+            chosen.to_owned()
+        }
+        None if fits(&inside) => inside,
+        None => {
             let digest = Digest::sha256(data_directory.as_os_str().as_encoded_bytes());
             let short = hex(digest.0.get(..8).unwrap_or_default());
             std::env::temp_dir().join(format!("pgrecall-{short}"))

@@ -396,7 +396,7 @@ fn wipe(directory: &Path, keep: Option<&Path>) -> Result<(), TargetError> {
 }
 
 /// Disk space that the files below a directory take; 0 where it cannot be read.
-fn allocated_bytes(directory: &Path) -> u64 {
+pub fn allocated_bytes(directory: &Path) -> u64 {
     let Ok(entries) = fs::read_dir(directory) else { return 0 };
     let sizes = entries.flatten().map(|entry| match entry.metadata() {
         Ok(meta) if meta.is_dir() => allocated_bytes(&entry.path()),

@@ -34,6 +34,7 @@ fn recovery() -> Recovery {
         preload_libraries: Vec::new(),
         jit: false,
         shared_buffers_bytes: 128 << 20,
+        socket_directory: None,
     }
 }
 
@@ -97,7 +98,7 @@ fn the_socket_of_a_deep_directory_lies_elsewhere_and_is_ours_alone() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let deep = dir.path().join("x".repeat(120));
     fs::create_dir(&deep).expect("make");
-    let socket = make_socket_directory(&deep).expect("make");
+    let socket = make_socket_directory(&deep, None).expect("make");
     assert!(socket.as_os_str().len() < 80 && !socket.starts_with(&deep), "{}", socket.display());
     assert_eq!(fs::metadata(&socket).expect("there").permissions().mode() & 0o777, 0o700);
     fs::remove_dir(&socket).expect("remove");
