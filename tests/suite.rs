@@ -36,6 +36,7 @@ mod recovery;
 mod replication;
 mod restore;
 mod resuming;
+mod sandbox;
 mod server_questions;
 mod store_faults;
 mod wal_oracle;

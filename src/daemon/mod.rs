@@ -9,6 +9,7 @@ pub mod handle;
 pub mod jobs;
 pub mod repositories;
 pub mod schedule;
+pub mod sandboxes;
 pub mod slots;
 pub mod snapshot;
 pub mod supervisor;

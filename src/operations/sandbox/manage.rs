@@ -75,10 +75,8 @@ impl Area {
             for directory in [sockets, place.join("data"), place.join("tablespaces")] {
                 remove_directory(&directory)?;
             }
-            match std::fs::remove_file(place.join(RECORD_FILE)) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-                _ => remove_directory(&place),
-            }
+            remove_if_there(&place.join(RECORD_FILE), std::fs::remove_file)?;
+            remove_directory(&place)
         });
         let failed = |why: String| Failure::new(Code::Host, format!("remove sandbox {id}: {why}"));
         removed.await.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
@@ -130,7 +128,11 @@ fn check(record: &Record, states: &[State], verb: &str) -> Result<(), Failure> {
 }
 
 fn remove_directory(directory: &Path) -> std::io::Result<()> {
-    match std::fs::remove_dir_all(directory) {
+    remove_if_there(directory, std::fs::remove_dir_all)
+}
+
+fn remove_if_there(path: &Path, remove: impl FnOnce(&Path) -> std::io::Result<()>) -> std::io::Result<()> {
+    match remove(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }
