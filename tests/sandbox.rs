@@ -12,7 +12,7 @@ use pgrecall::operations::restore::{Observer, wal_get_words};
 use pgrecall::operations::sandbox::proxy::{Entry, ProxyError, Traffic, proxy};
 use pgrecall::operations::sandbox::{Area, Asked, CreateRequest, Created, Event, Record, Settings, Source, State};
 use pgrecall::pg::Timestamp;
-use pgrecall::repository::Repository;
+use pgrecall::repository::{JobId, Repository};
 use pgrecall::restore::Plan;
 use tokio::task::JoinHandle;
 use tokio_postgres::{Client, NoTls};
@@ -31,6 +31,11 @@ struct World {
     dir: Directory,
     settings: Settings,
     area: Option<Area>,
+}
+
+/// The id of that number, as text.
+fn id(number: u32) -> String {
+    JobId::new(Timestamp(0), number).to_string()
 }
 
 struct Nobody;
@@ -73,9 +78,9 @@ impl World {
         locate::plan_any(&self.repository, "shop", &request, None).await.expect("a plan").1
     }
 
-    fn request(&self, id: &str) -> CreateRequest {
+    fn request(&self, number: u32) -> CreateRequest {
         CreateRequest {
-            id: id.parse().expect("an id"),
+            id: JobId::new(Timestamp(0), number),
             asked_by: Asked { uid: Some(1000), user: "ann".to_owned() },
             ticket: Some("T-1".to_owned()),
             target: "latest".to_owned(),
@@ -185,7 +190,7 @@ const SECRETS: &str = "CREATE ROLE clerk LOGIN PASSWORD 'secret';
 #[tokio::test(flavor = "multi_thread")]
 async fn a_person_reads_everything_and_becomes_nobody_else() {
     let world = World::new(Cluster::builder(NEWEST), &format!("{ORDERS}{SECRETS}")).await;
-    let record = world.make(&world.request("job_1")).await;
+    let record = world.make(&world.request(1)).await;
     assert_eq!((record.state, record.superuser.as_deref()), (State::Running, Some("postgres")));
     let person = Person::enter(&record).await;
     for (sql, expected) in [
@@ -235,8 +240,8 @@ async fn a_person_reads_everything_and_becomes_nobody_else() {
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_role_gets_in_unless_an_administrator_asked() {
     let world = World::new(Cluster::builder(NEWEST), ORDERS).await;
-    let record = world.make(&world.request("job_1")).await;
-    for user in ["postgres", "clerk", "pgrecall_job_2"] {
+    let record = world.make(&world.request(1)).await;
+    for user in ["postgres", "clerk", "pgrecall_19700101t000000z_000002"] {
         let error = enter(&record, Entry::Role, user).await.err().expect("another user");
         assert_eq!(error.code().map(|code| code.code()), Some("28000"), "{user}: {error:?}");
     }
@@ -259,10 +264,10 @@ async fn only_the_role_gets_in_unless_an_administrator_asked() {
     assert_eq!(cancelled.expect_err("cancelled").code().map(|code| code.code()), Some("57014"));
     proxied.await.expect("ended").expect("a session");
     // Nobody gets in when no server runs, and is told so.
-    let stopped = world.area().stop("job_1").await.expect("stopped");
+    let stopped = world.area().stop(&id(1)).await.expect("stopped");
     let error = enter(&stopped.record, Entry::Role, &record.role).await.err().expect("it does not run");
     assert_eq!(error.code().map(|code| code.code()), Some("57P03"), "{error:?}");
-    let started = world.area().start("job_1").await.expect("started");
+    let started = world.area().start(&id(1)).await.expect("started");
     assert_eq!(Person::enter(&started.record).await.number("SELECT count(*) FROM orders").await, 2);
 }
 
@@ -272,7 +277,7 @@ async fn one_that_may_write_writes_and_is_still_no_superuser_on_any_major() {
         let world = World::new(Cluster::builder(major), &format!("{ORDERS}{SECRETS}")).await;
         // 14 lets everybody make tables; reading alone is tried in full on the newest.
         let writable = major != 14;
-        let record = world.make(&CreateRequest { writable, ..world.request("job_1") }).await;
+        let record = world.make(&CreateRequest { writable, ..world.request(1) }).await;
         let person = Person::enter(&record).await;
         assert_eq!(person.number("SELECT count(*) + (SELECT count(*) FROM rows) FROM orders").await, 3, "{major}");
         let write = "INSERT INTO orders VALUES (3, 'x'); UPDATE orders SET what = 'y'; DELETE FROM orders WHERE id = 1";
@@ -288,7 +293,7 @@ async fn one_that_may_write_writes_and_is_still_no_superuser_on_any_major() {
             assert_eq!(person.refused(sql).await, DENIED, "{major}: {sql}");
         }
         assert_eq!(world.cluster.query("SELECT count(*) FROM orders WHERE what = 'y'"), "0");
-        world.area().destroy("job_1").await.expect("destroyed");
+        world.area().destroy(&id(1)).await.expect("destroyed");
     }
 }
 
@@ -316,7 +321,7 @@ async fn a_sandbox_leaves_the_source_s_repository_slots_and_subscriptions_alone(
     let before = world.cluster.query(slots);
     let walsenders = "SELECT count(*) FROM pg_stat_replication";
     assert_eq!(publisher.query(walsenders), "1");
-    let record = world.make(&CreateRequest { writable: true, ..world.request("job_1") }).await;
+    let record = world.make(&CreateRequest { writable: true, ..world.request(1) }).await;
     let administrator = enter(&record, Entry::Superuser, "postgres").await.expect("a session");
     for (sql, expected) in [
         ("SELECT count(*) FROM pg_replication_slots", 0),
@@ -347,31 +352,31 @@ async fn a_sandbox_leaves_the_source_s_repository_slots_and_subscriptions_alone(
     assert_eq!(publisher.query("SELECT count(*) FROM pg_replication_slots WHERE slot_name = 's' AND active"), "1");
     publisher.query("INSERT INTO news VALUES (2)");
     wait::until("the source to go on", 60, || world.cluster.query("SELECT count(*) FROM news") == "2");
-    assert_eq!(world.area().destroy("job_1").await.expect("destroyed").id, record.id);
+    assert_eq!(world.area().destroy(&id(1)).await.expect("destroyed").id, record.id);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sandbox_outlives_the_daemon_is_started_again_and_ends_in_time() {
     let mut world = World::new(Cluster::builder(NEWEST), ORDERS).await;
-    let record = world.make(&world.request("job_1")).await;
-    let pid = world.pid("job_1").expect("it runs");
+    let record = world.make(&world.request(1)).await;
+    let pid = world.pid(&id(1)).expect("it runs");
     let person = Person::enter(&record).await;
     world.reopen(|_| {});
     let now = || Timestamp::from(chrono::Utc::now());
     assert_eq!(world.area().keep(now()).await.expect("a pass"), [], "nothing is amiss");
-    assert_eq!(world.pid("job_1"), Some(pid), "the same server");
+    assert_eq!(world.pid(&id(1)), Some(pid), "the same server");
     assert_eq!(person.number("SELECT count(*) FROM orders").await, 2, "the same session");
 
     signal(pid, "KILL");
-    wait::until("the server's end", 30, || world.pid("job_1").is_none());
+    wait::until("the server's end", 30, || world.pid(&id(1)).is_none());
     let again = wait::for_value_async("the server to start again", 60, || async {
         let events = world.area().keep(now()).await.expect("a pass");
         assert!(matches!(events.as_slice(), [Event::StartedAgain(_)] | [Event::Failed(..)] | []), "{events:?}");
         // Its processes may still hold their shared memory.
         if let [Event::Failed(..)] = events.as_slice() {
-            world.area().start("job_1").await.ok()?;
+            world.area().start(&id(1)).await.ok()?;
         }
-        world.pid("job_1")
+        world.pid(&id(1))
     })
     .await;
     assert_ne!(again, pid);
@@ -392,19 +397,18 @@ async fn one_that_was_interrupted_or_refused_leaves_nothing() {
     let mut world = World::new(Cluster::builder(NEWEST), ORDERS).await;
     // Too large for what is left.
     world.reopen(|settings| settings.quota_bytes = Some(1 << 20));
-    let refused = world.try_make(&world.request("job_1")).await.expect_err("no room");
+    let refused = world.try_make(&world.request(1)).await.expect_err("no room");
     assert_eq!(refused.code, Code::Host);
     assert!(refused.message.contains("of their 1.00 MiB"), "{refused}");
     assert!(world.area().list().expect("a list").sandboxes.is_empty());
     world.reopen(|settings| settings.quota_bytes = Some(1 << 30));
-    let longer = CreateRequest { expires_in: Some(Duration::from_hours(24 * 30)), ..world.request("job_1") };
+    let longer = CreateRequest { expires_in: Some(Duration::from_hours(24 * 30)), ..world.request(1) };
     assert_eq!(world.try_make(&longer).await.expect_err("too long").code, Code::Usage);
 
     // Dropped at some moments, as by a kill of the daemon: the next pass of the next daemon removes what is there.
-    for (round, state) in ["data", "data/pgrecall_restore/state.json", "data/postmaster.pid"].iter().enumerate() {
-        let id = format!("job_{round}");
-        let request = world.request(&id);
-        let place = world.dir.join("area/shop").join(&id);
+    for (number, state) in [(1, "data"), (2, "data/pgrecall_restore/state.json"), (3, "data/postmaster.pid")] {
+        let request = world.request(number);
+        let place = world.dir.join("area/shop").join(id(number));
         let mut making = Box::pin(world.try_make(&request));
         let reached = async {
             loop {
@@ -425,15 +429,15 @@ async fn one_that_was_interrupted_or_refused_leaves_nothing() {
         assert!(!place.exists(), "{state}");
     }
     // The same again, to its end.
-    let record = world.make(&world.request("job_0")).await;
+    let record = world.make(&world.request(1)).await;
     assert_eq!(Person::enter(&record).await.number("SELECT count(*) FROM orders").await, 2);
     // A cancelled one is gone at once.
     let cancel = CancellationToken::new();
     let source = Source { repository: &world.repository, plan: world.plan().await };
-    let request = world.request("job_9");
+    let request = world.request(9);
     let mut nobody = Nobody;
     let making = world.area().create(source, &request, &mut nobody, cancel.clone());
-    let place = world.dir.join("area/shop/job_9/data/postmaster.pid");
+    let place = world.dir.join("area/shop").join(id(9)).join("data/postmaster.pid");
     let stop = async {
         while !place.exists() {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -442,9 +446,9 @@ async fn one_that_was_interrupted_or_refused_leaves_nothing() {
     };
     let (made, ()) = tokio::join!(making, stop);
     assert_eq!(made.expect_err("cancelled").code, Code::Cancelled);
-    assert!(!world.dir.join("area/shop/job_9").exists());
+    assert!(!world.dir.join("area/shop").join(id(9)).exists());
     // What is released is kept, and starts as is said.
-    let released = world.area().release("job_0").await.expect("released");
+    let released = world.area().release(&id(1)).await.expect("released");
     assert!(released.start.starts_with("pg_ctl start -D "), "{}", released.start);
     assert_eq!(released.sandbox.pid, None);
     let mut copy = Cluster::adopt(NEWEST, &released.sandbox.directory.join("data"));

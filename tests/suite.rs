@@ -28,6 +28,7 @@ mod end_to_end;
 mod fuzz;
 mod harness;
 mod incarnation;
+mod incident;
 mod instance;
 mod keys;
 mod loss;

@@ -80,7 +80,9 @@ fn the_example_holds_every_key() {
     }
     let keys: BTreeSet<String> = document.schema();
     assert!(keys.contains("environment.*.s3.endpoint"), "{keys:?}");
-    for key in keys.iter().filter(|key| !matches!(key.as_str(), "environment" | "defaults" | "log" | "limits" | "sandbox")) {
+    for key in
+        keys.iter().filter(|key| !matches!(key.as_str(), "environment" | "defaults" | "log" | "limits" | "sandbox"))
+    {
         let name = key.rsplit('.').next().expect("the last part");
         let written = |line: &str| line.trim_start_matches('#').starts_with(&format!("{name} = "));
         let table = |line: &str| line.trim_start_matches('#').ends_with(&format!(".{name}]"));

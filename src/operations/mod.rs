@@ -1,6 +1,7 @@
 //! What is made of several rooms: the only place that composes archive, backup, restore.
 
 pub mod backup;
+pub mod incident;
 mod indexes;
 pub mod locate;
 pub mod restore;

@@ -4,6 +4,7 @@
 //! as text. The daemon's role needs only REPLICATION, so every question here may be refused, and callers go on without.
 
 mod facts;
+mod restore_point;
 mod watch;
 
 use std::time::Duration;
@@ -15,6 +16,7 @@ use super::session::quoted_identifier;
 use crate::pg::Major;
 
 pub use facts::{ColumnCollation, ConfigFileText, DatabaseFacts, EffectiveSetting, InstalledExtension, ServerFacts};
+pub use restore_point::RESTORE_POINT_NAME_BYTES_MAX;
 pub use watch::{ClockReading, SlotState, SyncState, SyncWait, WalSettings};
 
 /// No question here takes long; a lock held by somebody else must not hold us.

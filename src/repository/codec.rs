@@ -48,6 +48,7 @@ pub enum Kind {
     Identity = b'Y',
     Gap = b'G',
     Job = b'J',
+    Incident = b'T',
     Act = b'A',
 }
 

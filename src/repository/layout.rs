@@ -8,7 +8,7 @@ mod records;
 use std::fmt;
 use std::str::FromStr;
 
-pub use records::{JobId, parse_audit, parse_job};
+pub use records::{JobId, Ticket, parse_audit, parse_incident, parse_job};
 
 use serde::{Deserialize, Serialize};
 
@@ -196,6 +196,7 @@ pub mod prefix {
     pub const PROBE: &str = "probe";
     pub const JOBS: &str = "jobs";
     pub const AUDIT: &str = "audit";
+    pub const INCIDENTS: &str = "incidents";
 
     pub fn wal(incarnation: Incarnation) -> String {
         format!("{incarnation}/wal")

@@ -24,6 +24,7 @@ mod failure;
 pub mod format;
 pub mod generation;
 pub mod identity;
+pub mod incident;
 pub mod index;
 pub mod inspect;
 pub mod job;
@@ -41,6 +42,6 @@ pub mod wal_object;
 pub mod testing;
 
 pub use format::{Repository, RepositoryError};
-pub use layout::{BackupId, Generation, Incarnation, JobId, Key};
+pub use layout::{BackupId, Generation, Incarnation, JobId, Key, Ticket};
 pub use location::Location;
 pub use store::{Store, StoreError};

@@ -6,11 +6,11 @@ use std::time::Duration;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use super::record::{Asked, Record, SandboxId, State};
+use super::record::{Asked, Record, State, role_of};
 use super::{Area, end_of, make_private, role};
 use crate::error::{Code, Failure};
 use crate::operations::restore::{self, Check, Observer, RestoreReport, RestoreRequest};
-use crate::repository::Repository;
+use crate::repository::{JobId, Repository};
 use crate::restore::Plan;
 use crate::restore::recovery::{Finish, PORT};
 use crate::restore::target::TablespacePlaces;
@@ -26,7 +26,7 @@ pub struct Source<'a> {
 /// What is wanted of a sandbox.
 #[derive(Debug, Clone)]
 pub struct CreateRequest {
-    pub id: SandboxId,
+    pub id: JobId,
     pub asked_by: Asked,
     pub ticket: Option<String>,
     /// The target, as it was asked for.
@@ -124,7 +124,7 @@ impl Area {
             expires_at: Some(end_of(now, life)),
             warned: false,
             state: State::Making,
-            role: request.id.role(),
+            role: role_of(&request.id),
             writable: request.writable,
             superuser: None,
             socket_directory: self.socket_directory(&request.id),

@@ -3,9 +3,10 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::record::{RECORD_FILE, Record, SandboxId, State};
+use super::record::{RECORD_FILE, Record, State};
 use super::{Area, Claim, Found, end_of};
 use crate::error::{Code, Failure};
+use crate::repository::JobId;
 use crate::util::clock;
 
 impl Area {
@@ -73,17 +74,17 @@ impl Area {
         let (sockets, id) = (self.socket_directory(&record.id), record.id.clone());
         let removed = tokio::task::spawn_blocking(move || {
             for directory in [sockets, place.join("data"), place.join("tablespaces")] {
-                remove_directory(&directory)?;
+                if_there(std::fs::remove_dir_all(&directory))?;
             }
-            remove_if_there(&place.join(RECORD_FILE), std::fs::remove_file)?;
-            remove_directory(&place)
+            if_there(std::fs::remove_file(place.join(RECORD_FILE)))?;
+            if_there(std::fs::remove_dir_all(&place))
         });
         let failed = |why: String| Failure::new(Code::Host, format!("remove sandbox {id}: {why}"));
         removed.await.map_err(|error| failed(error.to_string()))?.map_err(|error| failed(error.to_string()))
     }
 
     fn take(&self, id: &str) -> Result<(Claim, Record), Failure> {
-        let known: SandboxId = self.find(id)?.record.id;
+        let known: JobId = self.find(id)?.record.id;
         let claim = self.claim(&known)?;
         // Read again: it may have been changed before it was ours.
         Ok((claim, self.find(id)?.record))
@@ -127,12 +128,9 @@ fn check(record: &Record, states: &[State], verb: &str) -> Result<(), Failure> {
     Err(Failure::new(Code::Conflict, format!("{verb} sandbox {}: {message}", record.id)).hint(hint))
 }
 
-fn remove_directory(directory: &Path) -> std::io::Result<()> {
-    remove_if_there(directory, std::fs::remove_dir_all)
-}
-
-fn remove_if_there(path: &Path, remove: impl FnOnce(&Path) -> std::io::Result<()>) -> std::io::Result<()> {
-    match remove(path) {
+/// What is gone already need not be removed.
+fn if_there(removed: std::io::Result<()>) -> std::io::Result<()> {
+    match removed {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
     }

@@ -32,11 +32,12 @@ use serde::Serialize;
 
 pub use create::{CreateRequest, Created, Source};
 pub use keep::Event;
-pub use record::{Asked, Record, RecordError, SandboxId, State};
+pub use record::{Asked, Record, RecordError, State};
 
 use crate::error::{Code, Failure};
 use crate::instance::Postmaster;
 use crate::pg::Timestamp;
+use crate::repository::JobId;
 use crate::restore::recovery::{SOCKET_NAME_BYTES, SOCKET_PATH_BYTES_MAX};
 use crate::restore::target::allocated_bytes;
 use crate::util::nearest::nearest;
@@ -83,7 +84,7 @@ pub struct Area(Arc<Inner>);
 struct Inner {
     directory: PathBuf,
     settings: Settings,
-    claimed: Mutex<BTreeSet<SandboxId>>,
+    claimed: Mutex<BTreeSet<JobId>>,
     /// Held while a sandbox is measured and put down, so that two of them do not share the same room.
     reserving: tokio::sync::Mutex<()>,
     /// The lock ends with the process, however it ends.
@@ -94,7 +95,7 @@ struct Inner {
 #[derive(Debug)]
 pub struct Claim {
     area: Arc<Inner>,
-    id: SandboxId,
+    id: JobId,
 }
 
 /// A sandbox, as it stands.
@@ -226,13 +227,13 @@ impl Area {
     ///
     /// # Errors
     /// [`Code::Conflict`] while somebody else has it.
-    pub fn claim(&self, id: &SandboxId) -> Result<Claim, Failure> {
+    pub fn claim(&self, id: &JobId) -> Result<Claim, Failure> {
         self.try_claim(id).ok_or_else(|| {
             Failure::new(Code::Conflict, format!("change sandbox {id}: it is being changed already")).retryable()
         })
     }
 
-    fn try_claim(&self, id: &SandboxId) -> Option<Claim> {
+    fn try_claim(&self, id: &JobId) -> Option<Claim> {
         let mut claimed = self.0.claimed.lock().unwrap_or_else(PoisonError::into_inner);
         claimed.insert(id.clone()).then(|| Claim { area: Arc::clone(&self.0), id: id.clone() })
     }
@@ -249,7 +250,7 @@ impl Area {
         }
     }
 
-    fn place(&self, environment: &str, id: &SandboxId) -> PathBuf {
+    fn place(&self, environment: &str, id: &JobId) -> PathBuf {
         self.directory().join(environment).join(id.as_str())
     }
 
@@ -261,7 +262,7 @@ impl Area {
         self.place_of(record).join("data")
     }
 
-    fn socket_directory(&self, id: &SandboxId) -> PathBuf {
+    fn socket_directory(&self, id: &JobId) -> PathBuf {
         self.directory().join(SOCKETS).join(id.as_str())
     }
 

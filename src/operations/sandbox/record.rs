@@ -1,29 +1,17 @@
 //! `sandbox.json`: what a sandbox is, beside its data and only about them.
 
-use std::fmt;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::pg::{Lsn, Major, TimelineId, Timestamp};
+use crate::repository::JobId;
 use crate::util::durable_fs;
 
 /// Name of the record in a sandbox's directory.
 pub const RECORD_FILE: &str = "sandbox.json";
 const RECORD_BYTES_MAX: u64 = 256 << 10;
-const ID_BYTES_MAX: usize = 40;
-
-/// The id of the job that made a sandbox; safe in names of files and of roles.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct SandboxId(String);
-
-/// A text that is the id of no sandbox.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not the id of a sandbox")]
-pub struct ParseSandboxIdError(String);
 
 /// What becomes of a sandbox.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,7 +41,8 @@ pub struct Asked {
 /// The record.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
-    pub id: SandboxId,
+    /// That of the job that made it.
+    pub id: JobId,
     pub environment: String,
     pub asked_by: Asked,
     pub ticket: Option<String>,
@@ -152,56 +141,23 @@ impl State {
     }
 }
 
-impl SandboxId {
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// The name of the role that is made for people.
-    pub fn role(&self) -> String {
-        format!("pgrecall_{}", self.0)
-    }
-}
-
-impl fmt::Display for SandboxId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl TryFrom<String> for SandboxId {
-    type Error = ParseSandboxIdError;
-
-    fn try_from(text: String) -> Result<Self, Self::Error> {
-        let plain = |byte: u8| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_');
-        match (1..=ID_BYTES_MAX).contains(&text.len()) && text.bytes().all(plain) {
-            true => Ok(SandboxId(text)),
-            false => Err(ParseSandboxIdError(text)),
-        }
-    }
-}
-
-impl FromStr for SandboxId {
-    type Err = ParseSandboxIdError;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        text.to_owned().try_into()
-    }
-}
-
-impl From<SandboxId> for String {
-    fn from(id: SandboxId) -> String {
-        id.0
-    }
+/// The name of the role that is made for people.
+pub fn role_of(id: &JobId) -> String {
+    format!("pgrecall_{id}")
 }
 
 #[cfg(test)]
 pub mod tests {
     use super::*;
 
-    pub fn record(id: &str, environment: &str) -> Record {
+    /// An id for each number.
+    pub fn id(number: u32) -> JobId {
+        JobId::new(Timestamp(0), number)
+    }
+
+    pub fn record(number: u32, environment: &str) -> Record {
         Record {
-            id: id.parse().expect("an id"),
+            id: id(number),
             environment: environment.to_owned(),
             asked_by: Asked { uid: Some(1000), user: "ann".to_owned() },
             ticket: Some("T-1".to_owned()),
@@ -230,31 +186,23 @@ pub mod tests {
     #[test]
     fn a_record_comes_back_from_its_own_directory_only() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        let record = record("job_1", "shop");
-        for (environment, id, expected) in [("shop", "job_1", true), ("shop", "job_2", false), ("blog", "job_1", false)]
-        {
-            let place = dir.path().join(environment).join(id);
+        let record = record(1, "shop");
+        for (environment, number, expected) in [("shop", 1, true), ("shop", 2, false), ("blog", 1, false)] {
+            let place = dir.path().join(environment).join(id(number).as_str());
             std::fs::create_dir_all(&place).expect("make it");
             record.save(&place).expect("write");
-            assert_eq!(Record::load(&place).is_ok_and(|loaded| loaded == record), expected, "{environment}/{id}");
+            let same = Record::load(&place).is_ok_and(|loaded| loaded == record);
+            assert_eq!(same, expected, "{environment} {number}");
         }
         assert!(Record::load(&dir.path().join("shop/none")).expect_err("there is none").is_missing());
-        let broken = dir.path().join("shop/job_1");
+        let broken = dir.path().join("shop").join(id(1).as_str());
         durable_fs::write(&broken.join(RECORD_FILE), b"{", 0o600).expect("write");
         assert!(!Record::load(&broken).expect_err("half a record").is_missing());
     }
 
     #[test]
-    fn ids_are_no_paths() {
-        for text in ["", "..", "a/b", "A", "a-b", "é", &"a".repeat(41)] {
-            assert!(text.parse::<SandboxId>().is_err(), "{text}");
-        }
-        assert_eq!("20261118t110640z_cdef01".parse::<SandboxId>().expect("an id").role().len(), 32);
-    }
-
-    #[test]
     fn what_is_left_is_never_below_zero() {
-        let record = record("job_1", "shop");
+        let record = record(1, "shop");
         assert_eq!(record.time_left(Timestamp(3_000_000)), Some(Duration::from_secs(2)));
         assert_eq!(record.time_left(Timestamp(9_000_000)), Some(Duration::ZERO));
         assert_eq!(Record { expires_at: None, ..record }.time_left(Timestamp(0)), None);
