@@ -33,9 +33,10 @@ impl Sandboxes {
     /// Takes over other settings. What is being made goes on under the old ones.
     pub fn replace(&self, settings: &Settings) {
         let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if inner.settings != *settings {
-            *inner = Inner { settings: settings.clone(), area: None };
+        if !inner.area.as_ref().is_some_and(|area| area.replace(settings)) {
+            inner.area = None;
         }
+        inner.settings = settings.clone();
     }
 
     /// The area, opened when it is not.
@@ -92,6 +93,9 @@ fn report(event: &Event) {
     match event {
         Event::StartedAgain(record) => {
             warn!(sandbox = %record.id, environment = record.environment, "the server of a sandbox had ended, and was started again");
+        }
+        Event::NotStarted(record, failure) => {
+            warn!(sandbox = %record.id, environment = record.environment, error = %failure, "the server of a sandbox had ended, and does not start yet");
         }
         Event::Failed(record, failure) => {
             error!(sandbox = %record.id, environment = record.environment, error = %failure, "a sandbox has failed");

@@ -7,7 +7,7 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::record::{Asked, Record, State, role_of};
-use super::{Area, end_of, make_private, role};
+use super::{Area, Settings, end_of, make_private, role};
 use crate::error::{Code, Failure};
 use crate::operations::restore::{self, Check, Observer, RestoreReport, RestoreRequest};
 use crate::repository::{JobId, Repository};
@@ -86,9 +86,9 @@ impl Area {
 
     /// How long a sandbox lives.
     pub(super) fn life(&self, asked: Option<Duration>) -> Result<Duration, Failure> {
-        let max = self.settings().expiry_max;
+        let Settings { expiry, expiry_max: max, .. } = self.settings();
         match asked {
-            None => Ok(self.settings().expiry.min(max)),
+            None => Ok(expiry.min(max)),
             Some(asked) if asked <= max && !asked.is_zero() => Ok(asked),
             Some(asked) => {
                 let message = format!(
@@ -124,6 +124,7 @@ impl Area {
             expires_at: Some(end_of(now, life)),
             warned: false,
             state: State::Making,
+            failed_starts: 0,
             role: role_of(&request.id),
             writable: request.writable,
             superuser: None,

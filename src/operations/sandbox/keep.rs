@@ -13,13 +13,17 @@ use crate::util::units::show_duration;
 
 /// Sandboxes that are looked at together: a server that starts slowly delays few others.
 const TOGETHER: usize = 4;
+/// After a crash its processes may hold the shared memory for a while.
+const STARTS_MAX: u32 = 6;
 
 /// Something that was done for a sandbox.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
     /// It had ended by itself, or with the host.
     StartedAgain(Record),
-    /// It had ended, and does not start.
+    /// It had ended, and does not start now; the next pass tries again.
+    NotStarted(Record, Failure),
+    /// It did not start several times, and is left until somebody starts it.
     Failed(Record, Failure),
     /// Its end is near.
     Warned(Record),
@@ -77,15 +81,25 @@ impl Area {
     }
 
     async fn start_again(&self, record: Record) -> Event {
-        match self.start_server(&record).await {
-            Ok(_) => Event::StartedAgain(record),
-            Err(failure) => {
-                let mut record = Record { state: State::Failed, ..record };
-                record.remarks.push(failure.message.clone());
-                // When even this cannot be written, the next pass tries to start it again.
-                let _ = record.save(&self.place_of(&record));
-                Event::Failed(record, failure)
-            }
+        let begun = self.start_server(&record).await;
+        let failed_starts = if begun.is_ok() { 0 } else { record.failed_starts.saturating_add(1) };
+        let mut noted = Record { failed_starts, ..record.clone() };
+        if let Err(failure) = &begun
+            && failed_starts >= STARTS_MAX
+        {
+            noted.state = State::Failed;
+            noted.remarks.push(failure.message.clone());
+        }
+        // When this cannot be written, the next pass counts again.
+        if noted != record
+            && let Err(error) = noted.save(&self.place_of(&noted))
+        {
+            tracing::warn!(sandbox = %noted.id, error = %error, "the state of a sandbox cannot be noted");
+        }
+        match begun {
+            Ok(_) => Event::StartedAgain(noted),
+            Err(failure) if noted.state == State::Failed => Event::Failed(noted, failure),
+            Err(failure) => Event::NotStarted(noted, failure),
         }
     }
 

@@ -39,7 +39,7 @@ impl Area {
         if self.postmaster(&record)?.is_none() {
             self.start_server(&record).await?;
         }
-        self.put(Record { state: State::Running, ..record })
+        self.put(Record { state: State::Running, failed_starts: 0, ..record })
     }
 
     /// Hands a sandbox over to whoever operates the host: its server is stopped, it has no end any more and nobody looks

@@ -25,7 +25,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -83,7 +83,7 @@ pub struct Area(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     directory: PathBuf,
-    settings: Settings,
+    settings: RwLock<Settings>,
     claimed: Mutex<BTreeSet<JobId>>,
     /// Held while a sandbox is measured and put down, so that two of them do not share the same room.
     reserving: tokio::sync::Mutex<()>,
@@ -155,7 +155,7 @@ impl Area {
             );
         }
         let claimed = Mutex::default();
-        let settings = settings.clone();
+        let settings = RwLock::new(settings.clone());
         Ok(Area(Arc::new(Inner {
             directory,
             settings,
@@ -169,8 +169,17 @@ impl Area {
         &self.0.directory
     }
 
-    pub fn settings(&self) -> &Settings {
-        &self.0.settings
+    pub fn settings(&self) -> Settings {
+        self.0.settings.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Takes over other settings for the same directory; says whether it did.
+    pub fn replace(&self, settings: &Settings) -> bool {
+        let same = settings.directory.as_deref() == Some(self.directory());
+        if same {
+            *self.0.settings.write().unwrap_or_else(PoisonError::into_inner) = settings.clone();
+        }
+        same
     }
 
     /// Everything that lies in the area.

@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 
 use super::record::{Record, State};
 use super::startup::{self, Packet, PacketError, Startup};
+use crate::error::Failure;
 
 const BUFFER_BYTES: usize = 32 << 10;
 /// As PostgreSQL's `authentication_timeout`.
@@ -78,6 +79,12 @@ impl ProxyError {
             ProxyError::Client(_) => Bytes::new(),
         }
     }
+}
+
+/// A failure as PostgreSQL would say it, for a client that gets no further.
+pub fn refusal(failure: &Failure) -> Bytes {
+    let hint = failure.hint.as_deref().unwrap_or_default();
+    startup::error_response("57P03", &format!("failed to {failure}"), hint)
 }
 
 /// Serves one connection of a client, to its end.

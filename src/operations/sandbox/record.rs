@@ -60,6 +60,9 @@ pub struct Record {
     #[serde(default)]
     pub warned: bool,
     pub state: State,
+    /// How often in a row its server did not start.
+    #[serde(default)]
+    pub failed_starts: u32,
     /// The role for people, and whether it may write.
     pub role: String,
     pub writable: bool,
@@ -171,6 +174,7 @@ pub mod tests {
             expires_at: Some(Timestamp(5_000_000)),
             warned: false,
             state: State::Stopped,
+            failed_starts: 0,
             role: "pgrecall_x".to_owned(),
             writable: false,
             superuser: None,

@@ -19,9 +19,12 @@ fn an_area_is_private_and_has_one_daemon() {
     let dir = tempfile::tempdir().expect("temporary directory");
     let area = area(dir.path(), |_| {});
     assert_eq!(fs::metadata(area.directory()).expect("there").mode() & 0o777, 0o700);
-    let second = Area::open(area.settings()).expect_err("there is one already");
+    let second = Area::open(&area.settings()).expect_err("there is one already");
     assert_eq!(second.code, Code::Conflict);
-    let settings = area.settings().clone();
+    let settings = area.settings();
+    assert!(area.replace(&Settings { quota_bytes: Some(1), ..settings.clone() }));
+    assert_eq!(area.settings().quota_bytes, Some(1));
+    assert!(!area.replace(&Settings { directory: Some(dir.path().join("other")), ..settings.clone() }));
     drop(area);
     let open = dir.path().join("area");
     fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).expect("open it");
