@@ -28,6 +28,8 @@ pub enum Code {
     Host,
     /// What was asked for does not exist.
     NotFound,
+    /// An environment that was asked about is not protected now.
+    Unprotected,
     /// Somebody pressed Ctrl-C or stopped the service.
     Cancelled,
 }
@@ -46,6 +48,7 @@ impl Code {
             Code::Conflict => 8,
             Code::Host => 9,
             Code::NotFound => 10,
+            Code::Unprotected => 11,
             Code::Cancelled => 130,
         }
     }

@@ -49,12 +49,12 @@ fn both_pasts_of_a_replaced_server_can_be_restored() {
     second.query("CREATE TABLE orders AS SELECT generate_series(1, 7) n");
     host.configure(&[shop.cluster(&second)]);
     host.start_without_waiting();
-    let state = |host: &Pgrecall| host.json(&["status", "shop"])["environments"][0]["daemon"]["state"].clone();
-    wait::until("another cluster is a conflict", 60, || state(&host) == "conflict");
+    let of = |host: &Pgrecall, key: &str| host.json(&["status", "shop"])["environments"][0]["daemon"][key].clone();
+    wait::until("another cluster is a conflict", 60, || of(&host, "state") == "conflict");
     let opened = host.json(&["incarnation", "open", "shop", "--confirm", "shop"]);
     assert!(opened["incarnation"].as_str().is_some_and(|name| name.starts_with("0002-")), "{opened}");
     assert!(opened["previous"].as_str().is_some_and(|name| name.starts_with("0001-")), "{opened}");
-    wait::until("archiving goes on", 60, || state(&host) == "streaming");
+    wait::until("archiving goes on", 60, || of(&host, "wal") == "streaming");
     host.wait_for_backup("shop");
     second.query("INSERT INTO orders VALUES (8)");
     let after = moment(&host, &second);

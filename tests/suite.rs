@@ -39,6 +39,7 @@ mod restore;
 mod resuming;
 mod sandbox;
 mod server_questions;
+mod service;
 mod store_faults;
 mod wal_oracle;
 mod wal_stream;

@@ -14,7 +14,7 @@ use crate::config::{Config, Environment};
 use crate::control::client::{Client, ClientError};
 use crate::control::protocol::BackupEvent;
 use crate::daemon::environment::EnvironmentBody;
-use crate::daemon::snapshot::{EnvironmentSnapshot, State};
+use crate::daemon::snapshot::{EnvironmentSnapshot, State, Wal};
 use crate::daemon::supervisor::{Body, Pauses};
 use crate::daemon::{Daemon, slots};
 use crate::error::{Code, Failure};
@@ -117,11 +117,13 @@ async fn wait_streaming(
 ) -> Result<(), Failure> {
     progress.show("waiting for WAL to flow", 0, None);
     let decided = |snapshot: &EnvironmentSnapshot| {
-        matches!(snapshot.state, State::Streaming | State::Conflict | State::Failed | State::Stopped)
+        snapshot.wal == Wal::Streaming
+            || snapshot.failure.is_some()
+            || matches!(snapshot.state, State::Conflict | State::Stopped)
     };
     let _ = tokio::time::timeout(STREAMING_WAIT, snapshot.wait_for(decided)).await;
     let reached = snapshot.borrow().clone();
-    if reached.state == State::Streaming {
+    if reached.wal == Wal::Streaming {
         return Ok(());
     }
     if let Some(failure) = reached.failure {

@@ -5,9 +5,10 @@ use std::fmt::Write as _;
 use chrono_tz::Tz;
 use clap::Args;
 
-use super::store_state::{self, StoreState};
+use super::store_state;
 use super::{Context, EnvironmentArgument, times};
 use crate::error::{Code, Failure};
+use crate::operations::state::StoreState;
 use crate::util::clock;
 use crate::util::units::show_bytes;
 

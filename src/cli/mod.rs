@@ -139,7 +139,7 @@ fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
     match verb {
         Verb::Daemon => block_on(daemon::run(context)),
         Verb::Config(ConfigVerb::Check) => block_on(until_interrupted(config_check::run(context))),
-        Verb::Status(arguments) => block_on(until_interrupted(status::run(context, arguments))),
+        Verb::Status(arguments) => block_on(status::run(context, arguments)),
         Verb::Slot(verb) => block_on(until_interrupted(slot::run(context, verb))),
         Verb::Incarnation(verb) => block_on(until_interrupted(incarnation::run(context, verb))),
         Verb::Key(verb) => block_on(key::run(context, verb)),

@@ -38,6 +38,14 @@ impl Output {
         }
     }
 
+    /// Empties the terminal, when there is one.
+    pub fn clear(self) {
+        use std::io::IsTerminal as _;
+        if !self.json && io::stdout().is_terminal() {
+            let _ = write!(io::stdout().lock(), "\x1b[H\x1b[2J");
+        }
+    }
+
     /// A line of text on standard output.
     pub fn line(self, line: impl fmt::Display) {
         write_line(io::stdout().lock(), line);

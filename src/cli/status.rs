@@ -1,25 +1,35 @@
 //! `pgrecall status [ENV]`: to which moment each environment can be restored now, and what stands in the way.
 //!
-//! The store says what is safe, the daemon what is being done; each is shown without the other.
+//! The running daemon answers for all of them at once, so that two hundred are asked as fast as one. The store is read from here
+//! for an environment that is named, and for those that no daemon looks after.
 
-use std::fmt::Write as _;
+mod show;
+
+use std::time::Duration;
 
 use clap::Args;
+use futures::StreamExt as _;
 use serde::Serialize;
 
 use super::store_state::{self, StoreState};
-use super::{Context, times};
-use crate::config::{Config, Environment};
+use super::{Context, interrupted, until_interrupted};
+use crate::config::Environment;
 use crate::control::client::{Client, ClientError};
-use crate::control::protocol::{BackupEvent, EnvironmentStatus, Status};
-use crate::error::Failure;
-use crate::util::{clock, units};
+use crate::control::protocol::{EnvironmentStatus, Status};
+use crate::error::{Code, Failure};
+
+/// Stores that are read at the same time.
+const READS_MAX: usize = 16;
 
 #[derive(Debug, Args)]
 pub struct Arguments {
-    /// One environment instead of all
+    /// One environment instead of all, with everything that is known of it
     #[arg(value_name = "ENV")]
     environment: Option<String>,
+    /// Say it again every so many seconds, until Ctrl-C
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
+          value_parser = clap::value_parser!(u64).range(1..=3600))]
+    watch: Option<u64>,
 }
 
 #[derive(Debug, Serialize)]
@@ -41,158 +51,174 @@ struct DaemonReport {
 #[derive(Debug, Serialize)]
 struct EnvironmentReport {
     name: String,
+    state: State,
+    /// Why it is not protected, or what somebody should look at.
+    detail: Option<String>,
     daemon: Option<EnvironmentStatus>,
     store: Option<StoreState>,
     /// Why the store could not be read.
     error: Option<Failure>,
 }
 
+/// The worst first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum State {
+    Conflict,
+    Unprotected,
+    Lagging,
+    Stopped,
+    Starting,
+    Protected,
+    /// The configuration has no server for it: it is only restored here.
+    NotArchived,
+}
+
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    let Some(seconds) = arguments.watch else { return until_interrupted(run_once(context, &arguments)).await };
+    let again = async {
+        loop {
+            context.output.clear();
+            // What is wrong is in the report.
+            if let Err(failure) = run_once(context, &arguments).await
+                && failure.code != Code::Unprotected
+            {
+                context.output.failure(&failure);
+            }
+            tokio::time::sleep(Duration::from_secs(seconds)).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = interrupted() => Ok(()),
+        () = again => Ok(()),
+    }
+}
+
+async fn run_once(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let config = context.load_config()?;
     let wanted: Vec<&Environment> = match &arguments.environment {
         Some(name) => vec![config.environment(name)?],
         None => config.environments.values().collect(),
     };
     let answer = Client::new(&config.control_socket).status().await;
-    let mut known = answer.as_ref().map(|status| status.environments.clone()).unwrap_or_default();
-    let stores = futures::future::join_all(wanted.iter().map(|environment| store_state::load(environment))).await;
-    let environments = wanted.iter().zip(stores).map(|(environment, store)| {
-        let name = environment.name.to_string();
-        let daemon = known.iter().position(|status| status.name == name).map(|index| known.swap_remove(index));
-        let (store, error) = match store {
-            Ok(store) => (store, None),
-            Err(error) => (None, Some(error)),
-        };
-        EnvironmentReport { name, daemon, store, error }
+    let daemon = daemon_report(&answer);
+    let mut known = answer.map(|status| status.environments).unwrap_or_default();
+    // A named one is read as it is now; when it is watched, the daemon's last reading does.
+    let read_all = arguments.environment.is_some() && arguments.watch.is_none();
+    let reports = wanted.iter().map(|environment| {
+        let name = environment.name.as_str();
+        let status = known.iter().position(|status| status.name == name).map(|index| known.swap_remove(index));
+        EnvironmentReport::new(environment, status, &daemon)
     });
-    let report = Report { environments: environments.collect(), daemon: daemon_report(answer) };
-    context.output.result(&report, |report| show(report, &config));
-    match report.environments.into_iter().find_map(|environment| environment.error) {
-        Some(failure) => Err(failure),
-        None => Ok(()),
-    }
+    let reports: Vec<EnvironmentReport> = reports.collect();
+    let read = reports.into_iter().zip(&wanted).map(|(report, environment)| async move {
+        match report.store.is_none() || read_all {
+            true => report.read_store(environment).await,
+            false => report,
+        }
+    });
+    let mut environments: Vec<EnvironmentReport> = futures::stream::iter(read).buffered(READS_MAX).collect().await;
+    environments.sort_by(|a, b| a.urgency().cmp(&b.urgency()));
+    let report = Report { daemon, environments };
+    let is_overview = arguments.environment.is_none() && report.environments.len() > 1;
+    context.output.result(&report, |report| match is_overview {
+        true => show::overview(report),
+        false => show::details(report, &config),
+    });
+    report.verdict()
 }
 
-fn daemon_report(answer: Result<Status, ClientError>) -> DaemonReport {
+fn daemon_report(answer: &Result<Status, ClientError>) -> DaemonReport {
     let nothing = DaemonReport { running: false, version: None, pid: None, started_at: None, error: None };
     match answer {
         Ok(status) => DaemonReport {
             running: true,
-            version: Some(status.version),
+            version: Some(status.version.clone()),
             pid: Some(status.pid),
-            started_at: Some(status.started_at),
+            started_at: Some(status.started_at.clone()),
             error: None,
         },
         Err(ClientError::NoDaemon(_)) => nothing,
-        Err(ClientError::Failed(failure)) => DaemonReport { running: true, error: Some(failure), ..nothing },
+        Err(ClientError::Failed(failure)) => DaemonReport { running: true, error: Some(failure.clone()), ..nothing },
     }
 }
 
-fn show(report: &Report, config: &Config) -> String {
-    let daemon = &report.daemon;
-    let mut text = match (&daemon.error, daemon.pid) {
-        (Some(failure), _) => format!("daemon: failed to {failure}\n"),
-        (None, Some(pid)) => format!("daemon: running, process {pid}\n"),
-        (None, None) => "daemon: not running\n".to_owned(),
-    };
-    for report in &report.environments {
-        let zone = config.environment(&report.name).map(|environment| environment.time_zone).unwrap_or_default();
-        let state = report.daemon.as_ref().map_or("not watched by a daemon", |daemon| &daemon.state);
-        let _ = writeln!(text, "\n{}: {state}", report.name);
-        if let Some(daemon) = &report.daemon {
-            show_daemon(&mut text, daemon);
-        }
-        match (&report.store, &report.error) {
-            (Some(store), _) => show_store(&mut text, store, zone),
-            (None, Some(failure)) => {
-                let _ = writeln!(text, "  store         failed to {failure}");
-            }
-            (None, None) => text.push_str("  store         nothing is stored yet\n"),
-        }
-    }
-    text
-}
-
-fn show_daemon(text: &mut String, daemon: &EnvironmentStatus) {
-    if let Some(detail) = &daemon.detail {
-        let _ = writeln!(text, "  detail        {detail}");
-    }
-    if let Some(hint) = daemon.failure.as_ref().and_then(|failure| failure.hint.as_ref()) {
-        let _ = writeln!(text, "  hint          {hint}");
-    }
-    if let Some(archive) = &daemon.archive {
-        let _ = writeln!(
-            text,
-            "  archive       timeline {}, stored up to {}, the server is at {}, {} behind",
-            archive.timeline,
-            archive.stored_lsn,
-            archive.server_lsn,
-            units::show_bytes(archive.bytes_behind)
-        );
-        if let (Some(p50), Some(p99)) = (archive.exposure.p50_ms, archive.exposure.p99_ms) {
-            let oldest = archive.exposure.oldest_ms;
-            let _ = writeln!(
-                text,
-                "  exposure      {oldest} ms now, {p50} ms in the median, {p99} ms at most in 99 of 100"
-            );
-        }
-    }
-    match &daemon.backup {
-        Some(BackupEvent::Running { phase, .. }) => {
-            let _ = writeln!(text, "  backup        running: {phase}");
-        }
-        Some(BackupEvent::Failed { error }) => {
-            let _ = writeln!(text, "  backup        failed to {error}");
-        }
-        Some(BackupEvent::Done { .. }) | None => {}
-    }
-}
-
-fn show_store(text: &mut String, store: &StoreState, zone: chrono_tz::Tz) {
-    let now = clock::now();
-    let time =
-        |time: Option<crate::pg::Timestamp>| time.map_or("unknown".to_owned(), |time| times::show(time, zone, now));
-    if store.window.is_empty() {
-        let why = match (store.damaged_backups.is_empty(), store.backups.is_empty()) {
-            (false, _) => "unknown while a backup cannot be read",
-            (true, true) => "nothing yet: there is no backup",
-            (true, false) => "nothing yet: no backup has all of its WAL",
+impl EnvironmentReport {
+    fn new(environment: &Environment, status: Option<EnvironmentStatus>, daemon: &DaemonReport) -> Self {
+        let unwatched = |why: &str| (State::Unprotected, Some(why.to_owned()));
+        let (state, detail) = match &status {
+            Some(status) => (State::of(&status.state), status.detail.clone()),
+            None if environment.postgres.is_none() => (State::NotArchived, None),
+            None if daemon.error.is_some() => unwatched("the daemon cannot be asked"),
+            None if daemon.running => unwatched("the running daemon does not know it: `pgrecall reload`"),
+            None => unwatched("no daemon is running"),
         };
-        let _ = writeln!(text, "  restorable    {why}");
+        let store = status.as_ref().and_then(|status| status.store.clone());
+        let error = status.as_ref().and_then(|status| status.store_failure.clone());
+        // Once is enough in a document.
+        let daemon = status.map(|status| EnvironmentStatus { store: None, ..status });
+        EnvironmentReport { name: environment.name.to_string(), state, detail, daemon, store, error }
     }
-    for interval in &store.window {
-        let _ =
-            writeln!(text, "  restorable    from {}\n                to   {}", time(interval.from), time(interval.to));
-        if let Some(cause) = &interval.ended_by {
-            let _ = writeln!(text, "                then nothing until the next backup: {cause}");
+
+    async fn read_store(self, environment: &Environment) -> Self {
+        let (store, error) = match store_state::load(environment).await {
+            Ok(store) => (store, None),
+            Err(failure) => (None, Some(failure)),
+        };
+        EnvironmentReport { store, error, ..self }
+    }
+
+    /// In which order they are shown: by state, then what somebody should look at, then what waits longest to be stored.
+    fn urgency(&self) -> (State, bool, std::cmp::Reverse<u64>, &str) {
+        let archive = self.daemon.as_ref().and_then(|daemon| daemon.archive.as_ref());
+        let exposure = archive.map_or(0, |archive| archive.exposure.oldest_ms);
+        (self.state, self.detail.is_none(), std::cmp::Reverse(exposure), &self.name)
+    }
+}
+
+impl State {
+    fn of(text: &str) -> State {
+        match text {
+            "protected" => State::Protected,
+            "lagging" => State::Lagging,
+            "starting" => State::Starting,
+            "stopped" => State::Stopped,
+            "conflict" => State::Conflict,
+            _ => State::Unprotected,
         }
     }
-    for tail in &store.diverged_tails {
-        let _ = writeln!(
-            text,
-            "  diverged      {} commits on timeline {} from {} to {}, not on the one that is followed: --timeline {1}",
-            tail.commits, tail.timeline, tail.fork_lsn, tail.end_lsn
-        );
+
+    fn as_str(self) -> &'static str {
+        match self {
+            State::Conflict => "conflict",
+            State::Unprotected => "unprotected",
+            State::Lagging => "lagging",
+            State::Stopped => "stopped",
+            State::Starting => "starting",
+            State::Protected => "protected",
+            State::NotArchived => "not archived here",
+        }
     }
-    if let (Some(timeline), Some(from), Some(to)) = (store.timeline, &store.stored_from_lsn, &store.stored_to_lsn) {
-        let _ = writeln!(text, "  stored WAL    timeline {timeline}, {from} to {to} without a gap");
+
+    fn is_well(self) -> bool {
+        matches!(self, State::Protected | State::NotArchived)
     }
-    for gap in &store.gaps {
-        let _ = writeln!(
-            text,
-            "  gap           timeline {}, {} to {}: {}",
-            gap.timeline, gap.start_lsn, gap.end_lsn, gap.cause
-        );
-    }
-    if let Some(newest) = store.backups.last() {
-        let _ = writeln!(
-            text,
-            "  backups       {}, newest {}",
-            store.backups.len(),
-            times::show(newest.stopped_at, zone, now)
-        );
-    }
-    for damaged in &store.damaged_backups {
-        let _ = writeln!(text, "  damaged       backup {}: failed to {}", damaged.id, damaged.error);
+}
+
+impl Report {
+    /// What scripts go by: whether every environment is protected, and every store that was read answered.
+    fn verdict(&self) -> Result<(), Failure> {
+        let unwell: Vec<&EnvironmentReport> = self.environments.iter().filter(|e| !e.state.is_well()).collect();
+        let unread = self.environments.iter().find_map(|environment| environment.error.clone());
+        let Some(worst) = unwell.first() else { return unread.map_or(Ok(()), Err) };
+        let why = worst.detail.as_ref().map(|detail| format!(": {detail}")).unwrap_or_default();
+        let more = match unwell.len() {
+            1 => String::new(),
+            count => format!("; {} more are not protected", count - 1),
+        };
+        let message =
+            format!("find every environment protected: {} is {}{why}{more}", worst.name, worst.state.as_str());
+        Err(Failure::new(Code::Unprotected, message))
     }
 }

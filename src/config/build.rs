@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::environment::{Environment, Location};
+use super::environment::{Environment, Location, S3};
 use super::secret_ref::{SecretError, SecretRef};
 use crate::archive;
 use crate::error::{Code, Failure};
@@ -12,7 +12,7 @@ use crate::repository::crypto::MasterKey;
 use crate::repository::location::{Credentials, S3Location};
 use crate::repository::store::StoreSettings;
 use crate::repository::{self, Repository, Store};
-use crate::util::digest::unhex;
+use crate::util::digest::{Digest, Hasher, unhex};
 
 impl Environment {
     /// The environment's folder in its store. Nothing is sent yet.
@@ -134,6 +134,23 @@ impl Environment {
             shutdown_grace,
             ..archive::Settings::default()
         }
+    }
+
+    /// Changes when one of the environment's secrets does.
+    ///
+    /// # Errors
+    /// When one cannot be read.
+    pub fn secrets_digest(&self) -> Result<Digest, Failure> {
+        let S3 { access_key_id, secret_access_key, session_token, .. } = &self.s3;
+        let password = self.postgres.as_ref().and_then(|postgres| postgres.password.as_ref());
+        let of_store = [access_key_id, secret_access_key, session_token, &self.master_key].map(Option::as_ref);
+        let mut hasher = Hasher::sha256();
+        for reference in of_store.into_iter().chain([password]) {
+            let secret = reference.map(SecretRef::load).transpose().map_err(|error| self.secret_failure(&error))?;
+            // Each by its own digest: two secrets never run into each other.
+            hasher.update(&Digest::sha256(secret.as_ref().map_or("", |secret| secret.expose()).as_bytes()).0);
+        }
+        Ok(hasher.finish())
     }
 
     fn secret_failure(&self, error: &SecretError) -> Failure {

@@ -10,13 +10,17 @@ use chrono_tz::Tz;
 use super::document::Section;
 use super::secret_ref::SecretRef;
 use crate::replication::ConnectConfig;
+use crate::util::cron::Cron;
 
 const NAME_CHARACTERS_MAX: usize = 48;
 const SLOT_CHARACTERS_MAX: usize = 63;
 const DEFAULT_APPLICATION_NAME: &str = "pgrecall";
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
+const HOUR: Duration = Duration::from_hours(1);
 const DAY: Duration = Duration::from_hours(24);
+/// Every night at one.
+const DEFAULT_SCHEDULE: &str = "0 1 * * *";
 
 /// A name that can stand in an object key and, with `_` for `-`, in the name of a replication slot.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -34,6 +38,7 @@ pub struct Environment {
     pub master_key: Option<SecretRef>,
     pub archive: Archive,
     pub restore: Restore,
+    pub backups: Backups,
     /// Backups are read from a standby where one of the hosts is one.
     pub backup_from_standby: bool,
     /// How far back every moment stays restorable.
@@ -87,6 +92,14 @@ pub struct Archive {
     pub buffer_bytes_max: u64,
 }
 
+/// When backups begin by themselves.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Backups {
+    pub schedule: Cron,
+    /// What the environments are spread over, each by its name.
+    pub spread: Duration,
+}
+
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Restore {
     /// Where to look for PostgreSQL's programs before the usual places.
@@ -96,6 +109,13 @@ pub struct Restore {
 impl Default for Archive {
     fn default() -> Self {
         Archive { rpo: Duration::from_secs(1), puts_in_flight: 4, compression_level: 3, buffer_bytes_max: 128 * MIB }
+    }
+}
+
+impl Default for Backups {
+    fn default() -> Self {
+        let schedule = Cron::parse(DEFAULT_SCHEDULE).expect("the default is a schedule: a test parses it");
+        Backups { schedule, spread: Duration::from_hours(1) }
     }
 }
 
@@ -138,6 +158,7 @@ impl Environment {
             master_key: read_encryption(section.table("encryption")),
             archive: read_archive(&section),
             restore: read_restore(section.table("restore")),
+            backups: read_backups(&section),
             backup_from_standby: section.boolean("backup_from_standby").unwrap_or(false),
             window: section.duration("window", 14 * DAY, Duration::from_hours(1)..=3650 * DAY),
             time_zone: section.parsed("time_zone", parse_zone).unwrap_or(Tz::UTC),
@@ -192,6 +213,14 @@ fn read_archive(section: &Section<'_>) -> Archive {
         puts_in_flight: section.integer("puts_in_flight", default.puts_in_flight, 1..=64),
         compression_level: i32::try_from(level).unwrap_or(default.compression_level),
         buffer_bytes_max: section.bytes("buffer_bytes_max", default.buffer_bytes_max, 32 * MIB..=16 * GIB),
+    }
+}
+
+fn read_backups(section: &Section<'_>) -> Backups {
+    let default = Backups::default();
+    Backups {
+        schedule: section.parsed("backup_schedule", Cron::parse).unwrap_or(default.schedule),
+        spread: section.duration("backup_spread", default.spread, Duration::ZERO..=12 * HOUR),
     }
 }
 

@@ -16,11 +16,12 @@ mod secret_ref;
 mod tests;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use document::Problem;
-pub use environment::{Archive, Environment, EnvironmentName, Location, Postgres, Restore, S3};
+pub use environment::{Archive, Backups, Environment, EnvironmentName, Location, Postgres, Restore, S3};
 pub use secret_ref::{SecretError, SecretRef};
 
 use crate::error::{Code, Failure};
@@ -32,6 +33,9 @@ use document::{Document, Section};
 /// Where the configuration lies when neither `--config` nor `PGRECALL_CONFIG` names another file.
 pub const DEFAULT_PATH: &str = "/etc/pgrecall/config.toml";
 const DEFAULT_CONTROL_SOCKET: &str = "/run/pgrecall/control.sock";
+
+const BANDWIDTH_MIN: u64 = 64 << 10;
+const BANDWIDTH_MAX: u64 = 1 << 40;
 
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 const SHUTDOWN_GRACE_MAX: Duration = Duration::from_mins(10);
@@ -46,6 +50,8 @@ pub struct Config {
     pub shutdown_grace: Duration,
     pub limits: Limits,
     pub sandbox: operations::sandbox::Settings,
+    /// Where metrics and health are served, on this host only.
+    pub metrics_listen: Option<SocketAddr>,
     pub environments: BTreeMap<EnvironmentName, Environment>,
 }
 
@@ -55,11 +61,15 @@ pub struct Limits {
     pub backups: u32,
     /// Restores, and sandboxes until their server is usable.
     pub restores: u32,
+    /// Bytes a second that all backups together send to their stores; `None` is no limit. WAL is never held back.
+    pub backup_bandwidth_max: Option<u64>,
+    /// And that all restores together read.
+    pub restore_bandwidth_max: Option<u64>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { backups: 2, restores: 2 }
+        Limits { backups: 2, restores: 2, backup_bandwidth_max: None, restore_bandwidth_max: None }
     }
 }
 
@@ -105,6 +115,7 @@ impl Config {
         let control_socket = root.parsed("control_socket", environment::absolute_path);
         let shutdown_grace =
             root.duration("shutdown_grace", SHUTDOWN_GRACE, Duration::from_secs(1)..=SHUTDOWN_GRACE_MAX);
+        let metrics_listen = root.parsed("metrics_listen", loopback);
         let mut environments = BTreeMap::new();
         for (name, section) in root.named_tables("environment", "defaults") {
             match EnvironmentName::new(&name.value) {
@@ -131,6 +142,7 @@ impl Config {
                 shutdown_grace,
                 limits,
                 sandbox,
+                metrics_listen,
                 environments,
             }),
             problems => Err(problems),
@@ -182,9 +194,25 @@ fn read_limits(section: Section<'_>) -> Limits {
     let limits = Limits {
         backups: section.integer("backups", default.backups, 1..=64),
         restores: section.integer("restores", default.restores, 1..=64),
+        backup_bandwidth_max: read_bandwidth(&section, "backup_bandwidth_max"),
+        restore_bandwidth_max: read_bandwidth(&section, "restore_bandwidth_max"),
     };
     section.finish();
     limits
+}
+
+fn read_bandwidth(section: &Section<'_>, key: &'static str) -> Option<u64> {
+    Some(section.bytes(key, 0, BANDWIDTH_MIN..=BANDWIDTH_MAX)).filter(|bytes| *bytes > 0)
+}
+
+/// Only this host: what is served there is for a collector beside it, and anybody may read it.
+fn loopback(text: &str) -> Result<SocketAddr, String> {
+    let example = "(write for example \"127.0.0.1:9187\")";
+    let address: SocketAddr = text.parse().map_err(|_| format!("{text:?} is not an address with a port {example}"))?;
+    match address.ip().is_loopback() {
+        true => Ok(address),
+        false => Err(format!("{text:?} can be reached from other hosts; only a loopback address is allowed {example}")),
+    }
 }
 
 fn shared_slot(other: &Environment) -> String {

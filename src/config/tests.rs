@@ -6,7 +6,10 @@ use super::*;
 const EXAMPLE: &str = include_str!("../../config.example.toml");
 
 /// Keys without a default, which the example shows with an invented value.
-const INVENTED: [&str; 15] = [
+const INVENTED: [&str; 18] = [
+    "metrics_listen",
+    "backup_bandwidth_max",
+    "restore_bandwidth_max",
     "password_file",
     "password_env",
     "endpoint",
@@ -75,6 +78,7 @@ fn the_example_holds_every_key() {
     sandbox::read(root.table("sandbox"));
     root.text("control_socket");
     root.text("shutdown_grace");
+    root.text("metrics_listen");
     for (name, section) in root.named_tables("environment", "defaults") {
         Environment::read(EnvironmentName::new(&name.value).expect("a name"), section);
     }
@@ -127,6 +131,7 @@ access_key_id_env = "A"
 [environment.shop.restore]
 postgres_bin_dirs = ["bin"]
 [environment.other]
+backup_schedule = "0 0 31 2 *"
 time_zone = "Berlin"
 password_file = "/a"
 password_env = "A"
@@ -150,10 +155,20 @@ password_env = "A"
             "18 environment.shop.s3.allow_http: must be true or false, not a string",
             "21 environment.shop.restore.postgres_bin_dirs: \"bin\" is not an absolute path",
             "22 environment.other: repository is missing",
-            "23 environment.other.time_zone: \"Berlin\" is not a time zone",
-            "24 environment.other.password_file: cannot be used together with password_env",
+            "23 environment.other.backup_schedule: \"0 0 31 2 *\" is not a schedule",
+            "24 environment.other.time_zone: \"Berlin\" is not a time zone",
+            "25 environment.other.password_file: cannot be used together with password_env",
         ],
     );
+}
+
+#[test]
+fn metrics_are_served_to_this_host_alone() {
+    let with = |address: &str| format!("metrics_listen = {address:?}\n[environment.a]\nrepository = \"file:///a\"\n");
+    check(&with("0.0.0.0:9187"), &["1 metrics_listen: \"0.0.0.0:9187\" can be reached from other hosts"]);
+    check(&with("localhost"), &["1 metrics_listen: \"localhost\" is not an address with a port"]);
+    let config = parse(&with("[::1]:9187")).expect("valid");
+    assert_eq!(config.metrics_listen.map(|address| address.port()), Some(9187));
 }
 
 #[test]

@@ -9,6 +9,8 @@
 //! kernel's word about the peer must say the daemon's own user or root. Requests, replies and times are bounded.
 
 pub mod client;
+pub mod listener;
+pub mod metrics;
 pub mod protocol;
 pub mod server;
 #[cfg(test)]

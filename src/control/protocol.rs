@@ -2,7 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::daemon::snapshot::{ArchiveSnapshot, BackupProgress, EnvironmentSnapshot, Snapshot, State};
+use crate::daemon::guardian::{Bound, SlotReport};
+use crate::daemon::snapshot::{
+    ArchiveSnapshot, BackupProgress, BackupsSnapshot, EnvironmentSnapshot, NewestBackup, Snapshot, StoreState,
+    Timestamp, Wal,
+};
 use crate::error::Failure;
 
 pub const STATUS_PATH: &str = "/v1/status";
@@ -25,14 +29,67 @@ pub struct Status {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EnvironmentStatus {
     pub name: String,
-    /// `starting`, `streaming`, `waiting`, `conflict`, `failed`, `stopped`.
+    /// `starting`, `protected`, `lagging`, `unprotected`, `conflict`, `stopped`.
     pub state: String,
     pub since: String,
     pub detail: Option<String>,
     pub failure: Option<Failure>,
     pub restarts: u64,
+    /// How WAL flows: `starting`, `streaming`, `store-failing`, `disconnected`, `waiting`, `conflict`, `stopped`.
+    #[serde(default)]
+    pub wal: String,
+    /// How long WAL may lie outside the store.
+    #[serde(default)]
+    pub rpo_ms: u64,
     pub archive: Option<ArchiveStatus>,
     pub backup: Option<BackupEvent>,
+    #[serde(default)]
+    pub backups: BackupsStatus,
+    #[serde(default)]
+    pub slots: Vec<SlotStatus>,
+    /// What the store holds; read at `surveyed_at`, its end as it is now.
+    pub store: Option<StoreState>,
+    pub surveyed_at: Option<String>,
+    /// Why the store could not be read the last time.
+    pub store_failure: Option<Failure>,
+}
+
+/// The backups that there are and will be.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BackupsStatus {
+    /// Whether one leads to the WAL that is archived now.
+    pub usable: Option<bool>,
+    pub newest: Option<NewestBackupStatus>,
+    /// In the past while one is wanted.
+    pub next_at: Option<Timestamp>,
+    pub overdue: bool,
+    pub failure: Option<Failure>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewestBackupStatus {
+    pub id: String,
+    pub ended_at: Timestamp,
+    pub bytes: u64,
+    pub stored_bytes: u64,
+}
+
+/// Our replication slot on one host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotStatus {
+    pub host: String,
+    pub slot: String,
+    /// `fine`, `warning`, `alarm`.
+    pub level: String,
+    pub active: bool,
+    pub retained_bytes: u64,
+    /// What can be kept beyond that, and what bounds it: `max_slot_wal_keep_size` or `disk`.
+    pub room_bytes: Option<u64>,
+    pub bound: Option<String>,
+    pub wal_bytes_per_second: Option<u64>,
+    pub seconds_left: Option<u64>,
+    pub danger: Option<String>,
+    pub advice: Option<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -86,23 +143,71 @@ impl From<&Snapshot> for Status {
 
 impl From<&EnvironmentSnapshot> for EnvironmentStatus {
     fn from(snapshot: &EnvironmentSnapshot) -> Self {
-        let state = match snapshot.state {
-            State::Starting => "starting",
-            State::Streaming => "streaming",
-            State::Waiting => "waiting",
-            State::Conflict => "conflict",
-            State::Failed => "failed",
-            State::Stopped => "stopped",
+        let wal = match snapshot.wal {
+            Wal::Starting => "starting",
+            Wal::Streaming => "streaming",
+            Wal::StoreFailing(_) => "store-failing",
+            Wal::Disconnected(_) => "disconnected",
+            Wal::Waiting(_) => "waiting",
+            Wal::Conflict(_) => "conflict",
+            Wal::Stopped => "stopped",
         };
         EnvironmentStatus {
             name: snapshot.name.clone(),
-            state: state.to_owned(),
+            state: snapshot.state.as_str().to_owned(),
             since: snapshot.since.to_string(),
             detail: snapshot.detail.clone(),
             failure: snapshot.failure.clone(),
             restarts: snapshot.restarts,
+            wal: wal.to_owned(),
+            rpo_ms: u64::try_from(snapshot.rpo.as_millis()).unwrap_or(u64::MAX),
             archive: snapshot.archive.as_ref().map(ArchiveStatus::from),
             backup: snapshot.backup.as_ref().map(BackupEvent::from),
+            backups: BackupsStatus::from(&snapshot.backups),
+            slots: snapshot.slots.iter().map(SlotStatus::from).collect(),
+            store: snapshot.current_store(),
+            surveyed_at: snapshot.surveyed_at.map(|time| time.to_string()),
+            store_failure: snapshot.store_failure.clone(),
+        }
+    }
+}
+
+impl From<&BackupsSnapshot> for BackupsStatus {
+    fn from(snapshot: &BackupsSnapshot) -> Self {
+        let newest = |newest: &NewestBackup| NewestBackupStatus {
+            id: newest.id.clone(),
+            ended_at: newest.ended_at,
+            bytes: newest.bytes,
+            stored_bytes: newest.stored_bytes,
+        };
+        BackupsStatus {
+            usable: snapshot.is_usable,
+            newest: snapshot.newest.as_ref().map(newest),
+            next_at: snapshot.next_at,
+            overdue: snapshot.is_overdue,
+            failure: snapshot.failure.clone(),
+        }
+    }
+}
+
+impl From<&SlotReport> for SlotStatus {
+    fn from(report: &SlotReport) -> Self {
+        let bound = |bound| match bound {
+            Bound::SlotLimit => "max_slot_wal_keep_size".to_owned(),
+            Bound::Disk => "disk".to_owned(),
+        };
+        SlotStatus {
+            host: report.host.clone(),
+            slot: report.slot.clone(),
+            level: report.level.as_str().to_owned(),
+            active: report.is_active,
+            retained_bytes: report.retained_bytes,
+            room_bytes: report.room.map(|(bytes, _)| bytes),
+            bound: report.room.map(|(_, of)| bound(of)),
+            wal_bytes_per_second: report.bytes_per_second,
+            seconds_left: report.time_left.map(|left| left.as_secs()),
+            danger: report.danger.as_ref().map(|danger| danger.what.clone()),
+            advice: report.danger.as_ref().map(|danger| danger.advice.clone()),
         }
     }
 }
@@ -112,7 +217,7 @@ impl From<&ArchiveSnapshot> for ArchiveStatus {
         ArchiveStatus {
             timeline: snapshot.timeline.0,
             server_lsn: snapshot.server_lsn.to_string(),
-            bytes_behind: snapshot.server_lsn.checked_since(snapshot.stored_lsn).unwrap_or(0),
+            bytes_behind: snapshot.bytes_behind(),
             received_lsn: snapshot.received_lsn.to_string(),
             stored_lsn: snapshot.stored_lsn.to_string(),
             covered_until: snapshot.covered_until.map(|time| time.to_string()),

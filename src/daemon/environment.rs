@@ -6,15 +6,19 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tracing::{Instrument, Span, debug, info, warn};
 
 use super::backups::{Backups, OwnBackups};
+use super::guardian::Guardian;
 use super::handle::Request;
 use super::jobs::Jobs;
+use super::schedule::Schedule;
 use super::slots::{self, UnlimitedWal};
-use super::snapshot::{ArchiveSnapshot, EnvironmentSnapshot, State};
+use super::snapshot::{EnvironmentSnapshot, State, Wal};
 use super::supervisor::{Body, BodyContext};
-use crate::archive::{self, ArchiveStatus, Archiver};
+use super::survey::Surveyor;
+use crate::archive::{ArchiveStatus, Archiver};
 use crate::backup::BackupSettings;
 use crate::config::Environment;
 use crate::error::{Code, Failure};
@@ -23,6 +27,9 @@ use crate::repository::generation::{self, Lease};
 use crate::repository::probe::{self, Abilities};
 use crate::repository::{Generation, Repository, RepositoryError};
 use crate::util::clock;
+
+/// An archiver that streams and says nothing for so long hangs.
+const ARCHIVER_SILENCE_MAX: Duration = Duration::from_secs(60);
 
 /// One environment with a cluster.
 pub struct EnvironmentBody {
@@ -50,8 +57,12 @@ impl Drop for Archiving {
 impl Body for EnvironmentBody {
     async fn run(&self, mut context: BodyContext) -> Result<(), Failure> {
         context.snapshot.send_modify(|snapshot| {
-            let detail = format!("opening the repository {}", self.environment.location);
-            snapshot.enter(State::Starting, Some(detail), clock::now().into());
+            snapshot.rpo = self.environment.archive.rpo;
+            snapshot.wal = Wal::Starting;
+            snapshot.judge(clock::now().into());
+            if snapshot.state == State::Starting {
+                snapshot.detail = Some(format!("opening the repository {}", self.environment.location));
+            }
         });
         let repository = self.environment.open_or_create_repository().await?;
         let abilities = try_out(&repository).await?;
@@ -73,12 +84,19 @@ impl Body for EnvironmentBody {
             environment: self.environment.name.to_string(),
             requests: to_self,
         });
-        let mut backups = Backups::new(job, own, context.snapshot.clone(), context.cancel.clone());
-        let mut dangers = std::pin::pin!(self.name_dangers());
-        let mut dangers_named = false;
+        let schedule = self.schedule();
+        let mut backups = Backups::new(job, schedule, own, context.snapshot.clone(), context.cancel.clone());
+        let mut beside =
+            std::pin::pin!(self.watch_beside(repository.clone(), archiving.status.clone(), context.snapshot.clone()));
+        let mut last_word = Instant::now();
         loop {
+            // An archiver that streams says so every few seconds.
+            let is_streaming = archiving.status.borrow().state == Wal::Streaming;
+            if !is_streaming || last_word.elapsed() < ARCHIVER_SILENCE_MAX {
+                context.pulse.beat();
+            }
             tokio::select! {
-                () = &mut dangers, if !dangers_named => dangers_named = true,
+                () = &mut beside => {}
                 // Ends by itself after `cancel`, when the tail is stored.
                 ended = &mut archiving.task => return match ended {
                     Ok(()) if context.cancel.is_cancelled() => Ok(()),
@@ -87,7 +105,9 @@ impl Body for EnvironmentBody {
                 },
                 Ok(()) = archiving.status.changed() => {
                     let status = archiving.status.borrow_and_update().clone();
-                    context.snapshot.send_modify(|snapshot| describe(snapshot, &status));
+                    last_word = Instant::now();
+                    context.snapshot.send_modify(|snapshot| snapshot.note_archive(&status, clock::now().into()));
+                    backups.archive_changed();
                 }
                 Some(Request::Backup { progress }) = context.requests.recv() => {
                     backups.asked(progress);
@@ -102,6 +122,31 @@ impl Body for EnvironmentBody {
 }
 
 impl EnvironmentBody {
+    fn schedule(&self) -> Schedule {
+        let Environment { name, backups, time_zone, .. } = &self.environment;
+        Schedule::new(name.as_str(), backups.schedule.clone(), *time_zone, backups.spread)
+    }
+
+    /// Looks after the slot and reads what the store holds, for ever.
+    async fn watch_beside(
+        &self,
+        repository: Repository,
+        archive: watch::Receiver<ArchiveStatus>,
+        snapshot: watch::Sender<EnvironmentSnapshot>,
+    ) {
+        let survey = Surveyor { repository, archive, snapshot: snapshot.clone() };
+        let guard = async {
+            self.name_dangers().await;
+            // The archive says itself when there is nobody to connect to.
+            let (Ok(connect), Some(postgres)) = (self.environment.connect(), &self.environment.postgres) else {
+                return;
+            };
+            let slot = postgres.slot.clone();
+            Guardian { connect, slot, snapshot }.run().await;
+        };
+        tokio::join!(survey.run(), guard);
+    }
+
     /// Says which servers would fill their disks for us, and which slots of ours nobody looks after. Best effort: the archive
     /// says itself when it cannot connect.
     async fn name_dangers(&self) {
@@ -173,37 +218,4 @@ async fn take_generation(repository: &Repository, abilities: Abilities) -> Resul
         store: Some(abilities),
     };
     Ok(generation::take(repository, &lease).await?)
-}
-
-/// What the archiver says of itself, in the words of the service.
-fn describe(snapshot: &mut EnvironmentSnapshot, status: &ArchiveStatus) {
-    use archive::State as Archive;
-    let (state, detail) = match &status.state {
-        Archive::Starting => (State::Starting, None),
-        Archive::Streaming => {
-            let alarm = status.alarm.as_ref();
-            (State::Streaming, alarm.map(|primaries| format!("more than one primary answers: {primaries}")))
-        }
-        Archive::StoreFailing(why) => (State::Waiting, Some(format!("the store takes nothing: {why}"))),
-        Archive::Disconnected(why) => (State::Waiting, Some(format!("no connection to the server: {why}"))),
-        Archive::Waiting(why) => (State::Waiting, Some(why.clone())),
-        Archive::Conflict(why) => {
-            let way_out = format!("`pgrecall incarnation open {0} --confirm {0}` goes on", snapshot.name);
-            (State::Conflict, Some(format!("{why}; {way_out} with the server as it is, and keeps the old past")))
-        }
-        Archive::Stopped => (State::Stopped, None),
-    };
-    if state == State::Streaming {
-        snapshot.failure = None;
-    }
-    snapshot.enter(state, detail, clock::now().into());
-    snapshot.archive = status.timeline.map(|timeline| ArchiveSnapshot {
-        timeline,
-        server_lsn: status.server_lsn,
-        received_lsn: status.received_lsn,
-        stored_lsn: status.stored.map_or(crate::pg::Lsn::ZERO, |stream| stream.end_lsn),
-        covered_until: status.covered_until,
-        exposure: status.exposure,
-        gaps: u64::from(status.gaps_found),
-    });
 }

@@ -1,11 +1,14 @@
 //! The calls that others may make to the running service.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
+use super::pulse::Pulse;
+use super::reload::ReloadReport;
 use super::repositories;
 use super::snapshot::{BackupProgress, EnvironmentSnapshot, Snapshot};
 use crate::error::{Code, Failure};
@@ -68,24 +71,58 @@ impl Request {
 #[derive(Debug, Clone)]
 pub struct Handle {
     started_at: Timestamp,
-    environments: Arc<BTreeMap<String, EnvironmentHandle>>,
+    environments: Arc<RwLock<BTreeMap<String, EnvironmentHandle>>>,
+    reloads: mpsc::Sender<ReloadRequest>,
 }
 
 /// The way to one environment's task.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct EnvironmentHandle {
     pub snapshot: watch::Receiver<EnvironmentSnapshot>,
     pub requests: mpsc::Sender<Request>,
+    pub pulse: Pulse,
 }
 
+/// Somebody wants the configuration to be read again, and to hear what came of it.
+pub type ReloadRequest = oneshot::Sender<Result<ReloadReport, Failure>>;
+
+/// Requests to reload that may wait.
+const RELOADS_MAX: usize = 4;
+
 impl Handle {
-    pub fn new(started_at: Timestamp, environments: BTreeMap<String, EnvironmentHandle>) -> Self {
-        Handle { started_at, environments: Arc::new(environments) }
+    /// The handle of a service without environments, and where it hears of reloads.
+    pub fn new(started_at: Timestamp) -> (Handle, mpsc::Receiver<ReloadRequest>) {
+        let (reloads, requests) = mpsc::channel(RELOADS_MAX);
+        (Handle { started_at, environments: Arc::default(), reloads }, requests)
+    }
+
+    /// The environments are these from now on.
+    pub(super) fn replace(&self, environments: BTreeMap<String, EnvironmentHandle>) {
+        *self.environments.write().unwrap_or_else(PoisonError::into_inner) = environments;
     }
 
     pub fn snapshot(&self) -> Snapshot {
-        let environments = self.environments.values().map(|environment| environment.snapshot.borrow().clone());
+        let environments = self.environments.read().unwrap_or_else(PoisonError::into_inner);
+        let environments = environments.values().map(|environment| environment.snapshot.borrow().clone());
         Snapshot { started_at: self.started_at, taken_at: clock::now().into(), environments: environments.collect() }
+    }
+
+    /// The environments whose tasks have made no progress for `limit`.
+    pub fn silent(&self, limit: Duration) -> Vec<String> {
+        let environments = self.environments.read().unwrap_or_else(PoisonError::into_inner);
+        let silent = environments.iter().filter(|(_, e)| e.pulse.silence().is_some_and(|silence| silence > limit));
+        silent.map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Reads the configuration again and says what that changed.
+    ///
+    /// # Errors
+    /// When something is wrong in it; nothing has changed then.
+    pub async fn reload(&self) -> Result<ReloadReport, Failure> {
+        let (reply, answer) = oneshot::channel();
+        let stopping = || Failure::new(Code::Cancelled, "reload the configuration: the daemon is stopping").retryable();
+        self.reloads.send(reply).await.map_err(|_| stopping())?;
+        answer.await.map_err(|_| stopping())?
     }
 
     /// Asks for a backup. It goes on when the receiver is dropped, and ends early when `unwanted` fires and nobody else
@@ -108,12 +145,13 @@ impl Handle {
     /// # Errors
     /// When there is no such environment.
     pub fn watch(&self, environment: &str) -> Result<watch::Receiver<EnvironmentSnapshot>, Failure> {
-        self.find(environment).map(|handle| handle.snapshot.clone())
+        self.find(environment).map(|handle| handle.snapshot)
     }
 
-    fn find(&self, environment: &str) -> Result<&EnvironmentHandle, Failure> {
-        let known = self.environments.keys().map(String::as_str);
-        self.environments.get(environment).ok_or_else(|| repositories::not_found(environment, known))
+    fn find(&self, environment: &str) -> Result<EnvironmentHandle, Failure> {
+        let environments = self.environments.read().unwrap_or_else(PoisonError::into_inner);
+        let known = environments.keys().map(String::as_str);
+        environments.get(environment).cloned().ok_or_else(|| repositories::not_found(environment, known))
     }
 
     fn send(&self, environment: &str, request: Request) -> Result<(), Failure> {

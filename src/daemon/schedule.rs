@@ -60,8 +60,8 @@ impl Schedule {
 #[derive(Debug, Clone)]
 pub struct Timetable {
     schedule: Schedule,
-    /// Due times up to here are dealt with.
-    anchor: DateTime<Utc>,
+    /// Due times up to here are dealt with; `None` until somebody said what there is.
+    anchor: Option<DateTime<Utc>>,
     /// The first due time after `anchor`.
     next: Option<DateTime<Utc>>,
     /// Since when a backup is wanted that has not ended well yet.
@@ -72,19 +72,15 @@ pub struct Timetable {
 }
 
 impl Timetable {
-    /// `newest_end` is when the newest backup that counts ended; without one, nothing was missed before `now`.
-    pub fn new(schedule: Schedule, newest_end: Option<DateTime<Utc>>, now: Now) -> Self {
-        let anchor = newest_end.unwrap_or(now.wall).min(now.wall);
-        let next = schedule.next_after(anchor);
-        let (wanted_since, is_running) = (None, false);
+    pub fn new(schedule: Schedule) -> Self {
+        let (anchor, next, wanted_since, is_running) = (None, None, None, false);
         Timetable { schedule, anchor, next, wanted_since, is_running, pause: PAUSE_MIN, not_before: Duration::ZERO }
     }
 
-    /// The store was asked again: another newest backup may be there, taken by somebody else.
-    pub fn note_backup(&mut self, end: DateTime<Utc>, now: Now) {
-        if end > self.anchor {
-            self.deal_with(end.min(now.wall));
-        }
+    /// The store was asked: when the newest backup that counts ended. Without one, nothing was missed before `now`.
+    pub fn learn(&mut self, newest_end: Option<DateTime<Utc>>, now: Now) {
+        let known = newest_end.unwrap_or(now.wall).min(now.wall);
+        self.deal_with(self.anchor.map_or(known, |anchor| anchor.max(known)));
     }
 
     /// A backup is wanted whatever the schedule says.
@@ -94,14 +90,14 @@ impl Timetable {
 
     /// Whether a backup is to begin now.
     pub fn is_due(&mut self, now: Now) -> bool {
-        if self.anchor > now.wall {
+        if self.anchor.is_some_and(|anchor| anchor > now.wall) {
             // The clock was set back. What was due between the two times was dealt with or is not now.
             self.deal_with(now.wall);
         }
         if self.next.is_some_and(|next| next <= now.wall) {
             self.demand(now);
         }
-        self.wanted_since.is_some() && !self.is_running && now.steady >= self.not_before
+        self.wanted_since.is_some() && !self.is_running && self.may_try(now)
     }
 
     /// A backup begins, for whatever reason.
@@ -129,8 +125,14 @@ impl Timetable {
         self.pause = self.pause.saturating_mul(2).min(PAUSE_MAX);
     }
 
+    /// Whether a pause is over.
     pub fn may_try(&self, now: Now) -> bool {
         now.steady >= self.not_before
+    }
+
+    /// Whether a backup is due and has not ended well yet.
+    pub fn is_wanted(&self) -> bool {
+        self.wanted_since.is_some()
     }
 
     /// When the next backup is due by the wall clock; in the past while one is wanted.
@@ -159,7 +161,7 @@ impl Timetable {
     }
 
     fn deal_with(&mut self, until: DateTime<Utc>) {
-        self.anchor = until;
+        self.anchor = Some(until);
         self.next = self.schedule.next_after(until);
     }
 }

@@ -15,7 +15,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, error, info, warn};
 
 use super::handle::{REQUESTS_MAX, Request};
-use super::snapshot::{EnvironmentSnapshot, State};
+use super::pulse::Pulse;
+use super::snapshot::{EnvironmentSnapshot, State, Wal};
 use crate::error::{Code, Failure};
 use crate::util::clock;
 use crate::util::retry::Backoff;
@@ -49,6 +50,8 @@ pub struct BodyContext {
     pub requests: mpsc::Receiver<Request>,
     /// For `send_modify`: the body describes itself here.
     pub snapshot: watch::Sender<EnvironmentSnapshot>,
+    /// Beaten by the body in its loop.
+    pub pulse: Pulse,
 }
 
 /// One environment under supervision.
@@ -57,6 +60,7 @@ pub struct Supervisor {
     pub body: Arc<dyn Body>,
     pub requests: mpsc::Receiver<Request>,
     pub snapshot: watch::Sender<EnvironmentSnapshot>,
+    pub pulse: Pulse,
     pub cancel: CancellationToken,
     pub pauses: Pauses,
 }
@@ -67,9 +71,10 @@ impl Supervisor {
     /// Cancel safety: dropping this future aborts the body at its next await.
     pub async fn run(mut self) {
         let mut pauses = Backoff::new(self.pauses.first, self.pauses.max);
-        loop {
+        while !self.cancel.is_cancelled() {
             let began = Instant::now();
             let result = self.run_once().await;
+            self.pulse.rest();
             if self.cancel.is_cancelled() {
                 if let Err(failure) = result
                     && failure.code != Code::Cancelled
@@ -95,15 +100,19 @@ impl Supervisor {
                 break;
             }
         }
-        self.snapshot.send_modify(|snapshot| snapshot.enter(State::Stopped, None, clock::now().into()));
+        self.snapshot.send_modify(|snapshot| {
+            snapshot.wal = Wal::Stopped;
+            snapshot.judge(clock::now().into());
+        });
         info!("environment stopped");
     }
 
     fn note_failure(&self, failure: &Failure) {
-        let state = if failure.code == Code::Conflict { State::Conflict } else { State::Failed };
+        let state = if failure.code == Code::Conflict { State::Conflict } else { State::Unprotected };
         self.snapshot.send_modify(|snapshot| {
             snapshot.enter(state, Some(format!("failed to {failure}")), clock::now().into());
             snapshot.failure = Some(failure.clone());
+            snapshot.wal = Wal::Starting;
             snapshot.restarts = snapshot.restarts.saturating_add(1);
         });
     }
@@ -111,7 +120,12 @@ impl Supervisor {
     /// One run of the body; requests are passed on to it. A panic is a failure like another.
     async fn run_once(&mut self) -> Result<(), Failure> {
         let (to_body, requests) = mpsc::channel(REQUESTS_MAX);
-        let context = BodyContext { cancel: self.cancel.clone(), requests, snapshot: self.snapshot.clone() };
+        let context = BodyContext {
+            cancel: self.cancel.clone(),
+            requests,
+            snapshot: self.snapshot.clone(),
+            pulse: self.pulse.clone(),
+        };
         let body = Arc::clone(&self.body);
         let mut task = AbortOnDrop(tokio::spawn(async move { body.run(context).await }.instrument(Span::current())));
         loop {

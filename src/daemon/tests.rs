@@ -30,7 +30,7 @@ impl Body for Script {
         if took_one(&self.failures) {
             return Err(Failure::new(Code::Conflict, "store the first byte: somebody else writes here"));
         }
-        context.snapshot.send_modify(|s| s.enter(State::Streaming, None, clock::now().into()));
+        context.snapshot.send_modify(|s| s.enter(State::Protected, None, clock::now().into()));
         loop {
             tokio::select! {
                 () = context.cancel.cancelled(), if !self.hangs_at_the_end => return Ok(()),
@@ -46,7 +46,7 @@ impl Body for Script {
 fn start(bodies: Vec<(&str, Script)>) -> Daemon {
     let bodies = bodies.into_iter().map(|(name, body)| (name.to_owned(), Arc::new(body) as Arc<dyn Body>));
     let pauses = Pauses { first: Duration::from_millis(10), max: Duration::from_millis(200) };
-    Daemon::start(bodies.collect(), pauses, CancellationToken::new())
+    Daemon::start(bodies.collect::<BTreeMap<_, _>>(), pauses, CancellationToken::new())
 }
 
 async fn until(daemon: &Daemon, name: &str, wanted: State) -> EnvironmentSnapshot {
@@ -64,8 +64,8 @@ async fn until(daemon: &Daemon, name: &str, wanted: State) -> EnvironmentSnapsho
 #[tokio::test]
 async fn a_broken_environment_is_started_again_and_delays_no_other() {
     let daemon = start(vec![("broken", script(u32::MAX, 0)), ("flaky", script(1, 1)), ("good", script(0, 0))]);
-    assert_eq!(until(&daemon, "good", State::Streaming).await.restarts, 0);
-    let flaky = until(&daemon, "flaky", State::Streaming).await;
+    assert_eq!(until(&daemon, "good", State::Protected).await.restarts, 0);
+    let flaky = until(&daemon, "flaky", State::Protected).await;
     assert_eq!(flaky.restarts, 2);
     let broken = until(&daemon, "broken", State::Conflict).await;
     assert_eq!(broken.failure.expect("a failure").code, Code::Conflict);
@@ -90,6 +90,41 @@ async fn a_broken_environment_is_started_again_and_delays_no_other() {
 #[tokio::test]
 async fn a_task_that_does_not_end_is_cut_off_after_the_grace_period() {
     let daemon = start(vec![("hangs", Script { hangs_at_the_end: true, ..script(0, 0) })]);
-    until(&daemon, "hangs", State::Streaming).await;
+    until(&daemon, "hangs", State::Protected).await;
     assert!(!daemon.stop(Duration::from_millis(100)).await);
+}
+
+#[tokio::test]
+async fn another_plan_touches_only_what_it_changes() {
+    let planned = |of: &[(&str, &str)]| -> BTreeMap<String, Planned> {
+        let one = |(name, print): &(&str, &str)| {
+            let fingerprint = Digest::sha256(print.as_bytes());
+            (name.to_string(), Planned { body: Arc::new(script(0, 0)), fingerprint })
+        };
+        of.iter().map(one).collect()
+    };
+    let pauses = Pauses { first: Duration::from_millis(10), max: Duration::from_millis(200) };
+    let first = planned(&[("kept", "1"), ("changed", "1"), ("gone", "1")]);
+    let mut daemon = Daemon::start(first, pauses, CancellationToken::new());
+    for name in ["kept", "changed", "gone"] {
+        until(&daemon, name, State::Protected).await;
+    }
+    let mut kept = daemon.handle().watch("kept").expect("there");
+    kept.mark_unchanged();
+    let (gone, changed) =
+        (daemon.handle().watch("gone").expect("there"), daemon.handle().watch("changed").expect("there"));
+
+    let changes = daemon.apply(planned(&[("kept", "1"), ("changed", "2"), ("new", "1")]));
+    let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+    let expected =
+        Changes { added: names(&["new"]), changed: names(&["changed"]), removed: names(&["gone"]), unchanged: 1 };
+    assert_eq!(changes, expected);
+    for name in ["kept", "changed", "new"] {
+        until(&daemon, name, State::Protected).await;
+    }
+    // The ones that ended said so before anybody took their place.
+    assert_eq!((gone.borrow().state, changed.borrow().state), (State::Stopped, State::Stopped));
+    assert!(!kept.has_changed().expect("its task runs"), "the unchanged one was not touched");
+    assert_eq!(daemon.handle().watch("gone").expect_err("gone").code, Code::NotFound);
+    assert!(daemon.stop(Duration::from_secs(5)).await);
 }

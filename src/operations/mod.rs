@@ -6,4 +6,5 @@ mod indexes;
 pub mod locate;
 pub mod restore;
 pub mod sandbox;
+pub mod state;
 pub mod window;

@@ -7,4 +7,6 @@ pub mod durable_fs;
 pub mod nearest;
 pub mod retry;
 pub mod secret;
+pub mod service_manager;
+pub mod throttle;
 pub mod units;

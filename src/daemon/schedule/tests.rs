@@ -41,7 +41,7 @@ impl World {
     fn new(text: &str, zone: Tz, takes: u64) -> World {
         let schedule = Schedule::new("shop", Cron::parse(text).expect("a schedule"), zone, Duration::from_secs(HOUR));
         let mut world = World {
-            timetable: Timetable::new(schedule.clone(), None, at(0, 0)),
+            timetable: Timetable::new(schedule.clone()),
             schedule,
             steady: 0,
             ahead: 0,
@@ -62,7 +62,8 @@ impl World {
     /// As the daemon does when it begins: asks the store; without a backup one is wanted.
     fn start(&mut self) {
         let now = self.now();
-        self.timetable = Timetable::new(self.schedule.clone(), self.newest.map(|(end, _)| end), now);
+        self.timetable = Timetable::new(self.schedule.clone());
+        self.timetable.learn(self.newest.map(|(end, _)| end), now);
         if self.newest.is_none() {
             self.timetable.demand(now);
         }

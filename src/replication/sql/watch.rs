@@ -30,6 +30,8 @@ pub struct SlotState {
     pub safe_wal_bytes: Option<i64>,
     /// From 17 on.
     pub invalidation_reason: Option<String>,
+    /// For how long nobody has used it; from 17 on, while nobody does.
+    pub inactive_seconds: Option<i64>,
 }
 
 /// Whether commits wait for us.
@@ -101,10 +103,13 @@ impl Sql {
 
     /// All slots of the server.
     pub async fn slots(&mut self) -> Result<Vec<SlotState>, ReplicationError> {
-        let reason = if self.major()? < Major(17) { "NULL" } else { "invalidation_reason" };
+        let (reason, inactive) = match self.major()? < Major(17) {
+            true => ("NULL", "NULL"),
+            false => ("invalidation_reason", "extract(epoch FROM clock_timestamp() - inactive_since)::bigint"),
+        };
         let sql = format!(
             "SELECT slot_name, slot_type = 'physical' AS physical, active_pid, restart_lsn, wal_status, safe_wal_size, \
-             {reason} AS reason FROM pg_replication_slots ORDER BY slot_name"
+             {reason} AS reason, {inactive} AS inactive FROM pg_replication_slots ORDER BY slot_name"
         );
         let rows = self.query(&sql).await?;
         (0..rows.rows.len())
@@ -117,6 +122,7 @@ impl Sql {
                     wal_status: rows.text(row, "wal_status"),
                     safe_wal_bytes: optional(&rows, row, "safe_wal_size")?,
                     invalidation_reason: rows.text(row, "reason"),
+                    inactive_seconds: optional(&rows, row, "inactive")?,
                 })
             })
             .collect()

@@ -1,0 +1,144 @@
+//! What a changed configuration changes in a running service.
+//!
+//! An environment that reads the same as before, with the same secrets, goes on untouched. One that changed stores its tail, ends
+//! and begins anew; one that is gone ends the same way, and what it leaves behind is named. A configuration with a mistake changes
+//! nothing.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use tracing::{info, warn};
+
+use super::environment::EnvironmentBody;
+use super::jobs::Jobs;
+use super::repositories::Repositories;
+use super::{Daemon, Planned, slots};
+use crate::config::{Config, Environment};
+use crate::error::Failure;
+use crate::util::digest::Digest;
+
+/// What a reload came to.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReloadReport {
+    pub added: Vec<String>,
+    pub changed: Vec<String>,
+    pub removed: Vec<Removed>,
+    pub unchanged: usize,
+    /// Keys whose change takes effect only when the service is started again.
+    pub needs_restart: Vec<String>,
+}
+
+/// An environment that is not looked after any more.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Removed {
+    pub name: String,
+    /// What stays, and how to remove it; a sentence each.
+    pub stays: Vec<String>,
+}
+
+/// What the running service is made of.
+pub struct Service {
+    pub config: Config,
+    pub daemon: Daemon,
+    pub jobs: Jobs,
+    pub repositories: Repositories,
+}
+
+impl Service {
+    /// Reads the configuration again and applies it.
+    ///
+    /// # Errors
+    /// When it cannot be used, or a secret that it names cannot be read; nothing has changed then.
+    pub fn reload(&mut self) -> Result<ReloadReport, Failure> {
+        let config = Config::load(&self.config.path)?;
+        for environment in config.environments.values() {
+            environment.secrets_digest()?;
+        }
+        self.repositories.replace(&config);
+        let changes = self.daemon.apply(plan(&config, &self.jobs));
+        for name in config.environments.keys().filter(|name| !self.config.environments.contains_key(*name)) {
+            self.jobs.look_for_earlier(name.to_string());
+        }
+        let removed = self.config.environments.values().filter_map(|before| removed(before, &config)).collect();
+        let report = ReloadReport {
+            added: changes.added,
+            changed: changes.changed,
+            removed,
+            unchanged: changes.unchanged,
+            needs_restart: needs_restart(&self.config, &config),
+        };
+        self.config = config;
+        tell(&report);
+        Ok(report)
+    }
+}
+
+/// Every environment that is archived from here, as a task to run.
+pub fn plan(config: &Config, jobs: &Jobs) -> BTreeMap<String, Planned> {
+    let archived = config.environments.values().filter(|environment| environment.postgres.is_some());
+    let planned = archived.map(|environment| {
+        let body = EnvironmentBody {
+            environment: environment.clone(),
+            shutdown_grace: config.shutdown_grace,
+            owned_slots: slots::owned(config),
+            jobs: Some(jobs.clone()),
+        };
+        (environment.name.to_string(), Planned { body: Arc::new(body), fingerprint: fingerprint(environment) })
+    });
+    planned.collect()
+}
+
+/// Changes with anything that the environment's task is made of.
+fn fingerprint(environment: &Environment) -> Digest {
+    // At the start, an environment whose secret cannot be read says so in its state, and keeps no other from working.
+    let secrets = environment.secrets_digest().map_or_else(|failure| failure.to_string(), |digest| digest.to_string());
+    Digest::sha256(format!("{environment:?} {secrets}").as_bytes())
+}
+
+fn needs_restart(before: &Config, now: &Config) -> Vec<String> {
+    let keys = [
+        ("control_socket", before.control_socket != now.control_socket),
+        ("metrics_listen", before.metrics_listen != now.metrics_listen),
+        ("shutdown_grace", before.shutdown_grace != now.shutdown_grace),
+        ("limits", before.limits != now.limits),
+        ("log", before.log != now.log),
+    ];
+    keys.iter().filter(|(_, changed)| *changed).map(|(key, _)| (*key).to_owned()).collect()
+}
+
+/// What stays behind of an environment that is not archived from here any more.
+fn removed(before: &Environment, now: &Config) -> Option<Removed> {
+    let postgres = before.postgres.as_ref()?;
+    let kept = now.environments.get(&before.name);
+    if kept.is_some_and(|environment| environment.postgres.is_some()) {
+        return None;
+    }
+    let hosts: Vec<String> = postgres.connect.hosts.iter().map(ToString::to_string).collect();
+    let (slot, hosts) = (&postgres.slot, hosts.join(", "));
+    let mut stays = vec![format!(
+        "the replication slot {slot} on {hosts}: it keeps WAL until the disk is full; drop it there with \
+         SELECT pg_drop_replication_slot('{slot}')"
+    )];
+    if kept.is_none() {
+        let place = format!("{}/{}", before.location, before.name);
+        stays.push(format!(
+            "the repository {place}: nothing is added or removed any more, and a configuration that names it can restore from \
+             it; once nobody needs it, delete what lies there"
+        ));
+    }
+    Some(Removed { name: before.name.to_string(), stays })
+}
+
+fn tell(report: &ReloadReport) {
+    let ReloadReport { added, changed, removed, unchanged, needs_restart } = report;
+    info!(?added, ?changed, removed = removed.len(), unchanged, "the configuration was read again");
+    for Removed { name, stays } in removed {
+        for what in stays {
+            warn!(environment = name, "not looked after any more; what stays: {what}");
+        }
+    }
+    if !needs_restart.is_empty() {
+        warn!(keys = ?needs_restart, "some changes take effect only when the service is started again");
+    }
+}

@@ -1,0 +1,224 @@
+//! The daemon as a service: told of another configuration, watched by a service manager and a collector, beside broken
+//! environments.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::net::UnixDatagram;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::common::pgrecall::{Environment, Pgrecall, Store, secret_file};
+use crate::common::places;
+use crate::common::postgres::Cluster;
+use crate::common::{NEWEST, guard, slow, wait};
+
+/// An environment whose repository is a directory of this host.
+fn environment(host: &Pgrecall, name: &str) -> Environment {
+    Environment::new(name, Store::Directory(host.scratch().join(name)))
+}
+
+fn of(host: &Pgrecall, name: &str) -> serde_json::Value {
+    let status: serde_json::Value =
+        serde_json::from_str(&host.try_run(&["status", "--json"]).stdout).unwrap_or_default();
+    let all = status["environments"].as_array().cloned().unwrap_or_default();
+    all.into_iter().find(|environment| environment["name"] == name).unwrap_or_default()
+}
+
+fn wait_state(host: &Pgrecall, name: &str, state: &str) {
+    wait::until(&format!("{name} is {state}"), 90, || of(host, name)["state"] == state);
+}
+
+fn walsender(cluster: &Cluster) -> String {
+    cluster.query("SELECT pid FROM pg_stat_replication WHERE state = 'streaming'")
+}
+
+#[test]
+fn a_reload_touches_only_what_changed_and_names_what_stays() {
+    let (shop, cafe) = (Cluster::start_new(NEWEST), Cluster::start_new(NEWEST));
+    let mut host = Pgrecall::new(&[]);
+    let (kept, other) = (environment(&host, "shop").cluster(&shop), environment(&host, "cafe").cluster(&cafe));
+    host.configure(&[kept.clone(), other.clone()]);
+    host.start(&[&shop, &cafe]);
+    ["shop", "cafe"].iter().for_each(|name| wait_state(&host, name, "protected"));
+    let (shop_pid, cafe_pid) = (walsender(&shop), walsender(&cafe));
+
+    // A configuration with a mistake changes nothing.
+    secret_file(&host.config_file(), "controlsocket = 1\n");
+    host.announce("nothing has changed");
+    host.daemon().signal("HUP");
+    host.wait_logged("unknown key (did you mean control_socket?)", 20);
+    assert_eq!((walsender(&shop), walsender(&cafe)), (shop_pid.clone(), cafe_pid.clone()));
+
+    // Another value in one environment: that one alone begins anew.
+    host.configure(&[kept.clone(), other.key("rpo", "\"0s\"")]);
+    host.daemon().signal("HUP");
+    wait::until("cafe streams anew", 60, || !["", cafe_pid.as_str()].contains(&walsender(&cafe).as_str()));
+    assert_eq!(walsender(&shop), shop_pid);
+
+    // One that is taken out ends, and says what stays.
+    host.announce("not looked after any more");
+    host.configure(&[kept]);
+    host.daemon().signal("HUP");
+    wait::until("nobody streams from cafe", 60, || walsender(&cafe).is_empty());
+    host.wait_logged("SELECT pg_drop_replication_slot('pgrecall_cafe')", 10);
+    host.wait_logged("delete what lies there", 10);
+    assert_eq!(walsender(&shop), shop_pid);
+    let slots = cafe.query("SELECT count(*) FROM pg_replication_slots WHERE NOT active");
+    assert_eq!(slots, "1", "the slot is left to the operator");
+    host.stop();
+}
+
+/// What the service manager has heard so far.
+struct Manager {
+    socket: UnixDatagram,
+    heard: String,
+}
+
+impl Manager {
+    fn hears(&mut self, text: &str) -> bool {
+        let mut buffer = [0; 4096];
+        while let Ok(length) = self.socket.recv(&mut buffer) {
+            self.heard.push_str(&String::from_utf8_lossy(&buffer[..length]));
+            self.heard.push('\n');
+        }
+        self.heard.lines().any(|line| line.starts_with(text))
+    }
+}
+
+#[test]
+fn the_service_manager_hears_that_the_daemon_is_ready_works_and_stops() {
+    let cluster = Cluster::start_new(NEWEST);
+    let mut host = Pgrecall::new(&[]);
+    let path = host.scratch().join("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let mut manager = Manager { socket, heard: String::new() };
+    host.configure(&[environment(&host, "shop").cluster(&cluster)]);
+    host.variable("NOTIFY_SOCKET", path.to_str().unwrap());
+    host.variable("WATCHDOG_USEC", "1500000");
+    host.start(&[&cluster]);
+    wait::until("READY=1", 30, || manager.hears("READY=1"));
+    wait::until("a status in words", 60, || manager.hears("STATUS=1 protected"));
+    manager.heard.clear();
+    wait::until("the watchdog is fed", 5, || manager.hears("WATCHDOG=1"));
+    host.stop();
+    assert!(manager.hears("STOPPING=1") && manager.hears("EXTEND_TIMEOUT_USEC="), "{}", manager.heard);
+}
+
+fn get(port: u16, path: &str) -> String {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+#[test]
+fn a_collector_reads_metrics_and_health_on_the_loopback_address() {
+    let cluster = Cluster::start_new(NEWEST);
+    let mut host = Pgrecall::new(&[]);
+    let port = guard::free_port();
+    host.key("metrics_listen", &format!("\"127.0.0.1:{port}\""));
+    host.configure(&[environment(&host, "shop").cluster(&cluster)]);
+    host.start(&[&cluster]);
+    wait_state(&host, "shop", "protected");
+    let has = |line: &str| get(port, "/metrics").lines().any(|found| found.starts_with(line));
+    for line in [
+        "pgrecall_state{environment=\"shop\",state=\"protected\"} 1",
+        "pgrecall_window_end_timestamp_seconds{environment=\"shop\"} ",
+        "pgrecall_gaps{environment=\"shop\"} 0",
+        "pgrecall_backups{environment=\"shop\"} 1",
+        "pgrecall_slot_retained_bytes{environment=\"shop\"} ",
+        "pgrecall_exposure_seconds{environment=\"shop\"} ",
+    ] {
+        wait::until(line, 60, || has(line));
+    }
+    let health = get(port, "/health");
+    assert!(health.starts_with("HTTP/1.1 200") && health.contains("ok: 1 of 1"), "{health}");
+    assert!(get(port, "/else").starts_with("HTTP/1.1 404"));
+    host.stop();
+}
+
+#[test]
+fn a_broken_environment_of_each_kind_delays_no_other() {
+    let good = Cluster::start_new(NEWEST);
+    let mut host = Pgrecall::new(&[]);
+    // One whose server does not know the role, one whose store's disk cannot be written, one whose server nobody runs,
+    // and one whose repository holds another cluster.
+    let (other, foreign) = (Cluster::start_new(NEWEST), Cluster::builder(NEWEST).fresh().start());
+    let password = good.conninfo().replace("user=postgres", "user=nobody_known");
+    let full = host.scratch().join("full");
+    std::fs::write(&full, "not a directory").unwrap();
+    let conflict = environment(&host, "conflict");
+    let all = [
+        environment(&host, "good").cluster(&good),
+        environment(&host, "password").postgres(&password),
+        Environment::new("full", Store::Directory(full)).cluster(&other).key("slot", "\"other\""),
+        environment(&host, "lost").postgres("host=/nowhere user=nobody"),
+        conflict.clone().cluster(&foreign),
+    ];
+    for text in
+        ["WAL is not archived", "environment failed", "of ours that no", "look for backups", "read earlier jobs"]
+    {
+        host.announce(text);
+    }
+    host.configure(&[conflict.cluster(&other)]);
+    host.start(&[&other]);
+    host.stop();
+    host.configure(&all);
+    host.start(&[&good]);
+    wait_state(&host, "good", "protected");
+    wait_state(&host, "conflict", "conflict");
+    for name in ["password", "full", "lost"] {
+        wait_state(&host, name, "unprotected");
+        assert!(of(&host, name)["detail"].is_string(), "{}", of(&host, name));
+    }
+    // While all of them fail again and again, the good one stores a commit within its bound.
+    for _ in 0..5 {
+        let begin = Instant::now();
+        good.query("SELECT pg_logical_emit_message(true, 'x', 'y')");
+        host.wait_stored(&good, good.flush_lsn());
+        assert!(begin.elapsed() < Duration::from_secs(10), "stored after {:?}", begin.elapsed());
+    }
+    let shown = host.try_run(&["status"]);
+    assert_eq!(shown.status, 11, "{}", shown.stderr);
+    let names: Vec<&str> = shown.stdout.lines().skip(2).filter_map(|line| line.split_whitespace().nth(1)).collect();
+    assert_eq!((names.first(), names.last(), names.len()), (Some(&"conflict"), Some(&"good"), 5), "{}", shown.stdout);
+    assert_eq!(host.try_run(&["status", "good"]).status, 0);
+    host.stop();
+}
+
+#[test]
+fn a_backup_begins_by_itself_when_it_is_due() {
+    if !slow() {
+        return;
+    }
+    let cluster = Cluster::start_new(NEWEST);
+    let mut host = Pgrecall::new(&[]);
+    let shop = environment(&host, "shop").cluster(&cluster);
+    host.configure(&[shop.key("backup_schedule", "\"* * * * *\"").key("backup_spread", "\"0s\"")]);
+    host.start(&[&cluster]);
+    let backups = || host.json(&["backups", "shop"])["backups"].as_array().map_or(0, Vec::len);
+    wait::until("three backups in as many minutes", 200, || backups() >= 3);
+    host.stop();
+}
+
+#[test]
+fn the_unit_is_hardened_and_valid() {
+    let tool = "/usr/bin/systemd-analyze";
+    if !std::path::Path::new(tool).exists() {
+        println!("not checked: there is no systemd-analyze");
+        return;
+    }
+    let unit = places::source().join("systemd/pgrecall.service");
+    let run =
+        Command::new(tool).args(["security", "--offline=true", "--threshold=25", "--no-pager"]).arg(&unit).output();
+    let run = run.expect("run systemd-analyze");
+    let said = String::from_utf8_lossy(&run.stdout);
+    assert!(
+        run.status.success(),
+        "{}\n{}",
+        said.lines().last().unwrap_or_default(),
+        String::from_utf8_lossy(&run.stderr)
+    );
+}
