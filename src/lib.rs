@@ -34,7 +34,7 @@
 //! | 1 | [`pg`] | PostgreSQL's nouns and file formats; pure |
 //! | 2 | [`wal`], [`lineage`] | the WAL parser; what can be reached; pure |
 //! | 3 | [`repository`], [`replication`], [`instance`] | the store; a running server; PostgreSQL as programs on this host |
-//! | 4 | [`archive`], [`backup`], [`restore`] | WAL in, files in, bytes out; they do not know each other |
+//! | 4 | [`archive`], [`backup`], [`restore`], [`retention`] | WAL in, files in, bytes out, what goes; they do not know each other |
 //! | 5 | [`operations`] | composes layer 4, for the daemon and for commands alike |
 //! | 6 | [`config`] | the file as written, validated, and the settings made from it |
 //! | 7 | [`daemon`] | supervises, schedules, knows the state of each environment |
@@ -52,6 +52,7 @@
 //! | Two pasts are never mixed: another system, another content or a server set back is a conflict for a person to decide. | `archive::resume`, `repository::identity` |
 //! | A name carries the hash of its content or the generation of its writer, so writing it twice is harmless. Safety never rests on create-only writes. | `repository::layout` |
 //! | A backup exists iff its commit object does and its `.dropped` does not; the commit object is written after everything that it names. | `repository::catalogue`, `backup::full` |
+//! | For every moment of the recovery window a plan succeeds before and after a prune, whoever pauses, dies or misjudges the time. | `retention::policy`, `retention::prune` |
 //! | Length and digest are checked before anybody sees decoded bytes, and before a file gets its final name. | `repository::codec`, `restore::fetch` |
 //! | A missing object or a hole is believed only when a second listing, begun after the first ended, shows it too. | whoever lists |
 //! | The WAL reader never panics, never gives a record with a bad CRC, and says why and where it stopped. | `wal::reader` |
@@ -68,7 +69,6 @@
 //! * `recovery_target_time`: PostgreSQL is given an LSN.
 //! * `archive_command`: WAL comes over the replication protocol, so that it is there within a second and PostgreSQL keeps
 //!   what is not yet stored.
-//! * Removal of backups and WAL that left the recovery window: the format has the marks for it, nothing writes them yet.
 //! * `unsafe` code, and global state other than the subscriber of the log.
 
 pub mod archive;
@@ -85,6 +85,7 @@ pub mod pg;
 pub mod replication;
 pub mod repository;
 pub mod restore;
+pub mod retention;
 pub mod telemetry;
 pub mod util;
 pub mod wal;

@@ -38,12 +38,13 @@ pub struct WalListing {
     pub histories: Vec<HistoryObject>,
 }
 
-/// The marks of one backup id.
+/// The marks of one backup id, each with the store's time of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BackupMarks {
     pub id: BackupId,
     pub marks: Vec<BackupMark>,
-    pub last_modified: DateTime<Utc>,
+    /// Beside `marks`.
+    pub times: Vec<DateTime<Utc>>,
 }
 
 /// WAL `[start_lsn, end_lsn)` of a timeline that is missing for good.
@@ -60,6 +61,16 @@ impl BackupMarks {
     /// Visible to readers.
     pub fn exists(&self) -> bool {
         self.marks.contains(&BackupMark::Commit) && !self.marks.contains(&BackupMark::Dropped)
+    }
+
+    /// When the store got this mark.
+    pub fn time_of(&self, mark: &BackupMark) -> Option<DateTime<Utc>> {
+        self.marks.iter().zip(&self.times).find(|(own, _)| *own == mark).map(|(_, time)| *time)
+    }
+
+    /// A remover has announced that it looks whether this may go.
+    pub fn is_leaving(&self) -> bool {
+        self.marks.iter().any(|mark| matches!(mark, BackupMark::Leaving(_)))
     }
 }
 
@@ -112,10 +123,9 @@ pub async fn list_backup_marks(
     let mut found: BTreeMap<BackupId, BackupMarks> = BTreeMap::new();
     for object in repository.store().list(&prefix::backups(incarnation)).await? {
         let Some((id, mark)) = layout::parse_backup(&object.key) else { continue };
-        let last_modified = object.last_modified;
-        let entry = found.entry(id.clone()).or_insert(BackupMarks { id, marks: Vec::new(), last_modified });
+        let entry = found.entry(id.clone()).or_insert(BackupMarks { id, marks: Vec::new(), times: Vec::new() });
         entry.marks.push(mark);
-        entry.last_modified = entry.last_modified.max(last_modified);
+        entry.times.push(object.last_modified);
     }
     Ok(found.into_values().collect())
 }
@@ -177,6 +187,58 @@ pub async fn commit_backup(
 ) -> Result<(), RepositoryError> {
     let key = Key::backup(incarnation, &commit.id, &BackupMark::Commit);
     repository.write(&key, Kind::Backup, to_json(commit).into()).await.map(drop)
+}
+
+/// Reads an intent.
+pub async fn load_intent(
+    repository: &Repository,
+    incarnation: Incarnation,
+    id: &BackupId,
+) -> Result<BackupIntent, RepositoryError> {
+    repository.read_fact(&Key::backup(incarnation, id, &BackupMark::Intent), Kind::Intent).await
+}
+
+/// What a mark of removal says beside its name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RemovalMark {
+    /// Who wrote it.
+    pub generation: String,
+    pub written_at: Timestamp,
+    pub reason: String,
+}
+
+/// Stores `.leaving-…` or `.dropped`.
+pub async fn write_mark(
+    repository: &Repository,
+    incarnation: Incarnation,
+    id: &BackupId,
+    (mark, content): (&BackupMark, &RemovalMark),
+) -> Result<(), RepositoryError> {
+    repository.write_fact(&Key::backup(incarnation, id, mark), Kind::Mark, content).await
+}
+
+/// Records that WAL of a timeline before `lsn` is being removed: from here on its absence is no loss.
+pub async fn write_removed(
+    repository: &Repository,
+    incarnation: Incarnation,
+    (timeline, lsn): (TimelineId, Lsn),
+    content: &RemovalMark,
+) -> Result<(), RepositoryError> {
+    repository.write_fact(&Key::removed(incarnation, timeline, lsn), Kind::Removed, content).await
+}
+
+/// Up to where each timeline's WAL was removed; the names tell all.
+pub async fn list_removed(
+    repository: &Repository,
+    incarnation: Incarnation,
+) -> Result<BTreeMap<TimelineId, Lsn>, RepositoryError> {
+    let mut removed: BTreeMap<TimelineId, Lsn> = BTreeMap::new();
+    for object in repository.store().list(&prefix::removed(incarnation)).await? {
+        let Some((timeline, lsn)) = layout::parse_removed(&object.key) else { continue };
+        let known = removed.entry(timeline).or_default();
+        *known = lsn.max(*known);
+    }
+    Ok(removed)
 }
 
 /// Records WAL that is missing for good.

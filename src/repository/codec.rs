@@ -50,6 +50,9 @@ pub enum Kind {
     Job = b'J',
     Incident = b'T',
     Act = b'A',
+    Pin = b'X',
+    /// Up to where WAL was removed.
+    Removed = b'R',
 }
 
 /// Why stored bytes cannot be taken for what they should be.

@@ -57,6 +57,14 @@ pub struct WalRange {
     pub whole: bool,
 }
 
+/// A pin: which backup of which incarnation is kept, and a random number that tells pins of one backup apart.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PinName {
+    pub incarnation: Incarnation,
+    pub backup: BackupId,
+    pub random: u64,
+}
+
 /// What an object below `<incarnation>/wal/` is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum WalName {
@@ -150,6 +158,15 @@ impl Key {
         Key(format!("{incarnation}/gaps/{}/{:016x}-{:016x}", timeline.hex(), start.0, end.0))
     }
 
+    /// That WAL of a timeline before `lsn` left the recovery window and is being removed, or was.
+    pub fn removed(incarnation: Incarnation, timeline: TimelineId, lsn: Lsn) -> Key {
+        Key(format!("{incarnation}/removed/{}/{:016x}", timeline.hex(), lsn.0))
+    }
+
+    pub fn pin(name: &PinName) -> Key {
+        Key(format!("pins/{name}"))
+    }
+
     pub fn pack(incarnation: Incarnation, backup: &BackupId, number: u32) -> Key {
         Key(format!("{incarnation}/packs/{backup}/{number:06}.pack"))
     }
@@ -193,6 +210,7 @@ pub mod prefix {
     pub const IDENTITY: &str = "identity";
     pub const KEYS: &str = "keys";
     pub const LEASE: &str = "lease";
+    pub const PINS: &str = "pins";
     pub const PROBE: &str = "probe";
     pub const JOBS: &str = "jobs";
     pub const AUDIT: &str = "audit";
@@ -204,6 +222,10 @@ pub mod prefix {
 
     pub fn wal_timeline(incarnation: Incarnation, timeline: TimelineId) -> String {
         format!("{incarnation}/wal/{}", timeline.hex())
+    }
+
+    pub fn index(incarnation: Incarnation) -> String {
+        format!("{incarnation}/index")
     }
 
     pub fn index_timeline(incarnation: Incarnation, timeline: TimelineId) -> String {
@@ -220,6 +242,10 @@ pub mod prefix {
 
     pub fn gaps(incarnation: Incarnation) -> String {
         format!("{incarnation}/gaps")
+    }
+
+    pub fn removed(incarnation: Incarnation) -> String {
+        format!("{incarnation}/removed")
     }
 
     pub fn backups(incarnation: Incarnation) -> String {
@@ -265,6 +291,27 @@ pub fn parse_gap(key: &Key) -> Option<(TimelineId, Lsn, Lsn)> {
     let (start, end) = name.split_once('-')?;
     let number = |text| u64::from_str_radix(text, 16).ok().map(Lsn);
     Some((timeline, number(start)?, number(end)?))
+}
+
+/// Reads the name of a record of removed WAL: timeline, and up to where.
+pub fn parse_removed(key: &Key) -> Option<(TimelineId, Lsn)> {
+    let (folder, name) = key.as_str().rsplit_once('/')?;
+    let (above, timeline) = folder.rsplit_once('/')?;
+    let lsn = u64::from_str_radix(name, 16).ok().filter(|_| above.ends_with("/removed"))?;
+    Some((TimelineId::from_hex(timeline)?, Lsn(lsn)))
+}
+
+/// Reads the name of a pin.
+pub fn parse_pin(key: &Key) -> Option<PinName> {
+    key.as_str().strip_prefix("pins/")?.parse().ok()
+}
+
+/// Reads the name of a pack: its backup and its number.
+pub fn parse_pack(key: &Key) -> Option<(BackupId, u32)> {
+    let (folder, name) = key.as_str().rsplit_once('/')?;
+    let (above, backup) = folder.rsplit_once('/')?;
+    let number = name.strip_suffix(".pack").filter(|_| above.ends_with("/packs"))?;
+    Some((backup.parse().ok()?, number.parse().ok()?))
 }
 
 /// Reads the name of an object below `backups/`.
@@ -398,6 +445,26 @@ impl FromStr for Generation {
     }
 }
 
+impl fmt::Display for PinName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/{:016x}", self.incarnation, self.backup, self.random)
+    }
+}
+
+impl FromStr for PinName {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        let mut parts = text.split('/');
+        let parsed = (|| {
+            let (incarnation, backup) = (parts.next()?.parse().ok()?, parts.next()?.parse().ok()?);
+            let random = u64::from_str_radix(parts.next()?, 16).ok()?;
+            Some(PinName { incarnation, backup, random })
+        })();
+        parsed.filter(|name| name.to_string() == text).ok_or_else(|| NameError(text.to_owned()))
+    }
+}
+
 impl BackupId {
     /// A new id; `random` must come from a random generator.
     pub fn new(start: Timestamp, random: u32) -> Self {
@@ -508,6 +575,11 @@ mod tests {
             parse_gap(&Key::gap(incarnation(), TimelineId(1), Lsn(1), Lsn(2))),
             Some((TimelineId(1), Lsn(1), Lsn(2)))
         );
+        let removed = Key::removed(incarnation(), TimelineId(2), Lsn(0x300_0000));
+        assert_eq!(parse_removed(&removed), Some((TimelineId(2), Lsn(0x300_0000))));
+        let pin = PinName { incarnation: incarnation(), backup: id.clone(), random: 7 };
+        assert_eq!(parse_pin(&Key::pin(&pin)), Some(pin));
+        assert_eq!(parse_pack(&Key::pack(incarnation(), &id, 12)), Some((id, 12)));
         assert_eq!(parse_data_key(&Key::data_key(1, "abcd")), Some((1, "abcd".into())));
         assert_eq!(incarnation().to_string().parse(), Ok(incarnation()));
         assert!("1-2".parse::<Incarnation>().is_err());

@@ -5,7 +5,7 @@ use chrono::TimeDelta;
 use serde::{Deserialize, Serialize};
 
 use super::layout::{Key, prefix};
-use super::store::{Store, StoreError};
+use super::store::{Store, StoreClock, StoreError};
 
 const CONTENT: &[u8] = b"pgrecall tries out what this store can do\n";
 /// A probe older than this was left by a daemon that was killed.
@@ -47,6 +47,17 @@ pub async fn probe(store: &Store) -> Result<Abilities, StoreError> {
     }
     let delete = store.delete(&key).await.is_ok() && matches!(store.head(&key).await, Ok(None));
     Ok(Abilities { create_only, range, list: own.is_some(), checksum: store.sends_checksums(), delete })
+}
+
+/// What time it is by the store's clock.
+///
+/// # Errors
+/// When nothing can be written or read.
+pub async fn clock(store: &Store) -> Result<StoreClock, StoreError> {
+    let key = Key::probe(rand::random());
+    let clock = store.clock(&key, CONTENT).await?;
+    let _ = store.delete(&key).await;
+    Ok(clock)
 }
 
 #[cfg(test)]

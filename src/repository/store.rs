@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use chrono::{DateTime, Utc};
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
@@ -25,6 +25,8 @@ const SHORT: [&str; 3] = [CUT, "Requested range was invalid", "InvalidRange"];
 const ATTEMPTS_SHORT: u32 = 3;
 const BACKOFF_MIN: Duration = Duration::from_millis(50);
 const BACKOFF_MAX: Duration = Duration::from_secs(2);
+/// Objects in a page of a listing; S3 gives no more in one answer.
+const PAGE_OBJECTS: usize = 1000;
 
 /// How long and how often an operation may try.
 #[derive(Debug, Clone)]
@@ -94,6 +96,15 @@ pub struct Object {
     pub e_tag: Option<String>,
 }
 
+/// What the store says of the time, and of what it does with a name that is written again or deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoreClock {
+    /// By the store's clock, not later than it is now.
+    pub now: DateTime<Utc>,
+    /// The bucket keeps versions: what is deleted goes on taking space.
+    pub keeps_versions: bool,
+}
+
 /// One environment's folder in a store.
 #[derive(Clone)]
 pub struct Store {
@@ -102,6 +113,8 @@ pub struct Store {
     settings: StoreSettings,
     place: String,
     checksums: bool,
+    /// Objects of a page of a listing; `None` where listings come in no order.
+    page_objects: Option<usize>,
     reads: Arc<AtomicU64>,
 }
 
@@ -112,7 +125,16 @@ impl Store {
         let (inner, root) = location.open()?;
         let place = format!("{location}/{environment}");
         let checksums = matches!(location, Location::S3(s3) if s3.checksum);
-        Ok(Store { inner, root: root.join(environment), settings, place, checksums, reads: Arc::default() })
+        let page_objects = matches!(location, Location::S3(_)).then_some(PAGE_OBJECTS);
+        let root = root.join(environment);
+        Ok(Store { inner, root, settings, place, checksums, page_objects, reads: Arc::default() })
+    }
+
+    /// Any store, for tests.
+    #[cfg(test)]
+    pub fn over(inner: Arc<dyn ObjectStore>, settings: StoreSettings, page_objects: usize) -> Store {
+        let (root, place, page_objects) = (Path::from("shop"), "a test's store".to_owned(), Some(page_objects));
+        Store { inner, root, settings, place, checksums: false, page_objects, reads: Arc::default() }
     }
 
     /// The location and the environment, for messages.
@@ -209,6 +231,26 @@ impl Store {
         Ok(objects)
     }
 
+    /// Every object below `prefix`, page by page in the order of keys: memory stays flat however many there are. A store whose
+    /// listings come in no order (a directory) gives all of them as one page.
+    pub fn pages(&self, prefix: &str) -> Result<Pages, StoreError> {
+        let path = Path::parse(format!("{}/{prefix}", self.root)).map_err(|e| StoreError::Settings(e.to_string()))?;
+        Ok(Pages { store: self.clone(), prefix: prefix.to_owned(), path, after: None, ended: false })
+    }
+
+    /// Writes an object and asks for its time.
+    pub(super) async fn clock(&self, key: &Key, bytes: &'static [u8]) -> Result<StoreClock, StoreError> {
+        let path = self.path(key);
+        let written = self.attempt("store", key.as_str(), 0, || self.inner.put(&path, bytes.into())).await?;
+        let seen = match self.head(key).await? {
+            Some(seen) => seen,
+            None => return Err(StoreError::NotFound { action: "ask for", key: key.as_str().to_owned() }),
+        };
+        // Servers that keep no versions answer with none, or with the word null.
+        let keeps_versions = written.version.is_some_and(|version| !version.is_empty() && version != "null");
+        Ok(StoreClock { now: seen.last_modified, keeps_versions })
+    }
+
     /// The names of the folders directly below `prefix` (empty for the root).
     pub async fn list_folders(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
         let path = Path::parse(format!("{}/{prefix}", self.root)).map_err(|e| StoreError::Settings(e.to_string()))?;
@@ -280,6 +322,46 @@ impl Store {
             tracing::debug!(object = key, attempt = attempts, error = %reason, "store operation will be retried");
             tokio::time::sleep(backoff.delay()).await;
         }
+    }
+}
+
+/// A listing that is read page by page.
+pub struct Pages {
+    store: Store,
+    prefix: String,
+    path: Path,
+    after: Option<Path>,
+    ended: bool,
+}
+
+impl Pages {
+    /// The next objects, sorted by key; `None` after the last.
+    pub async fn next(&mut self) -> Result<Option<Vec<Object>>, StoreError> {
+        if self.ended {
+            return Ok(None);
+        }
+        let limit = self.store.page_objects;
+        let attempt = || {
+            let listing = match &self.after {
+                Some(after) => self.store.inner.list_with_offset(Some(&self.path), after),
+                None => self.store.inner.list(Some(&self.path)),
+            };
+            listing.take(limit.unwrap_or(usize::MAX)).try_collect::<Vec<_>>()
+        };
+        let mut listed = self.store.attempt("list", &self.prefix, 64 << 20, attempt).await?;
+        self.ended = limit.is_none_or(|limit| listed.len() < limit);
+        let rising = listed.iter().zip(listed.iter().skip(1)).all(|(one, next)| one.location < next.location);
+        if !rising && limit.is_some() {
+            // A store that sorts otherwise than S3: its pages cannot be told apart.
+            let all = || self.store.inner.list(Some(&self.path)).try_collect::<Vec<_>>();
+            listed = self.store.attempt("list", &self.prefix, 64 << 20, all).await?;
+            listed.retain(|meta| self.after.as_ref().is_none_or(|after| meta.location > *after));
+            self.ended = true;
+        }
+        self.after = listed.last().map(|meta| meta.location.clone()).or(self.after.take());
+        let mut objects: Vec<Object> = listed.into_iter().filter_map(|meta| self.store.object(meta)).collect();
+        objects.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(Some(objects))
     }
 }
 

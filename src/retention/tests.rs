@@ -1,0 +1,10 @@
+//! The rules of removal under a scheduler that decides after every request to the store who goes on, who dies, and which
+//! copy of a request lands late.
+
+#![allow(clippy::indexing_slicing, clippy::panic, reason = "tests")]
+
+mod calls_tests;
+mod model_tests;
+mod sim_tests;
+mod window_tests;
+mod world_tests;
