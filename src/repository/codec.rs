@@ -169,6 +169,21 @@ impl Codec {
     /// # Errors
     /// [`CodecError`] for anything that is not exactly what was encoded under this name.
     pub fn decode(&self, key: &Key, kind: Kind, bytes: &[u8], limit: u64) -> Result<Vec<u8>, CodecError> {
+        self.decode_digested(key, kind, bytes, limit).map(|(content, _)| content)
+    }
+
+    /// As [`Codec::decode`], with the digest that the content was found to have: what compares it with a name need not
+    /// compute it again.
+    ///
+    /// # Errors
+    /// As [`Codec::decode`].
+    pub fn decode_digested(
+        &self,
+        key: &Key,
+        kind: Kind,
+        bytes: &[u8],
+        limit: u64,
+    ) -> Result<(Vec<u8>, Digest), CodecError> {
         let (header, body) = self.open_header(kind, bytes)?;
         if header.content_bytes > limit {
             return Err(CodecError::TooLong { declared: header.content_bytes, limit });
@@ -180,7 +195,7 @@ impl Codec {
         if self.digest(&content) != header.digest {
             return Err(CodecError::Digest);
         }
-        Ok(content)
+        Ok((content, header.digest))
     }
 
     /// Checks the header of a whole object against this environment and splits the body off.

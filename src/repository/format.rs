@@ -12,7 +12,7 @@ use super::codec::{Codec, CodecError, Kind};
 use super::crypto::{DataKey, MasterKey};
 use super::layout::{self, Incarnation, Key, prefix};
 use super::store::{Store, StoreError};
-use crate::util::digest::{hex, unhex};
+use crate::util::digest::{Digest, hex, unhex};
 
 /// The format that this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -166,15 +166,25 @@ impl Repository {
 
     /// Reads, verifies and decodes content of at most `limit` bytes; damaged bytes are read once more before they count.
     pub async fn read(&self, key: &Key, kind: Kind, limit: u64) -> Result<Bytes, RepositoryError> {
+        self.read_digested(key, kind, limit).await.map(|(content, _)| content)
+    }
+
+    /// As [`Repository::read`], with the digest of the content.
+    pub(super) async fn read_digested(
+        &self,
+        key: &Key,
+        kind: Kind,
+        limit: u64,
+    ) -> Result<(Bytes, Digest), RepositoryError> {
         // Compressed and sealed bytes can be slightly longer than the content.
         let stored_limit = limit.saturating_add(limit / 64).saturating_add(4096);
         let mut again = true;
         loop {
             let bytes = self.store.get(key, stored_limit).await?;
             let (codec, name) = (self.codec.clone(), key.clone());
-            let decoded = tokio::task::spawn_blocking(move || codec.decode(&name, kind, &bytes, limit)).await;
+            let decoded = tokio::task::spawn_blocking(move || codec.decode_digested(&name, kind, &bytes, limit)).await;
             match decoded.map_err(|_| RepositoryError::Stopping)? {
-                Ok(content) => return Ok(content.into()),
+                Ok((content, digest)) => return Ok((content.into(), digest)),
                 Err(_) if again => again = false,
                 Err(source) => return Err(corrupt(key, source)),
             }

@@ -9,6 +9,7 @@ use super::codec::{CodecError, Kind};
 use super::format::{Repository, RepositoryError, corrupt};
 use super::layout::{ContentHash, Key, WalRange};
 use crate::pg::timeline::{HistoryFile, ParseHistoryError};
+use crate::util::digest::Digest;
 
 /// History files are a line per ancestor.
 pub const HISTORY_BYTES_MAX: u64 = 4 << 20;
@@ -16,17 +17,17 @@ pub const HISTORY_BYTES_MAX: u64 = 4 << 20;
 /// The bytes `[range.from, range.to)` of a segment.
 pub async fn read_range(repository: &Repository, key: &Key, range: &WalRange) -> Result<Bytes, RepositoryError> {
     let length = range.to.saturating_sub(range.from);
-    let content = repository.read(key, Kind::Wal, length).await?;
+    let (content, digest) = repository.read_digested(key, Kind::Wal, length).await?;
     if content.len() as u64 != length {
         return Err(corrupt(key, CodecError::Length { found: content.len() as u64, declared: length }));
     }
-    check_name(repository, key, content, range.hash).await
+    check_name(key, content, &digest, range.hash)
 }
 
 /// The content of a history file.
 pub async fn read_history(repository: &Repository, key: &Key, hash: ContentHash) -> Result<Bytes, RepositoryError> {
-    let content = repository.read(key, Kind::History, HISTORY_BYTES_MAX).await?;
-    check_name(repository, key, content, hash).await
+    let (content, digest) = repository.read_digested(key, Kind::History, HISTORY_BYTES_MAX).await?;
+    check_name(key, content, &digest, hash)
 }
 
 /// A history file, understood.
@@ -41,16 +42,9 @@ pub async fn load_history(
     text.parse().map_err(|e: ParseHistoryError| malformed(e.to_string()))
 }
 
-/// Reading has compared the content with the digest in the header; this compares it with the name.
-async fn check_name(
-    repository: &Repository,
-    key: &Key,
-    content: Bytes,
-    hash: ContentHash,
-) -> Result<Bytes, RepositoryError> {
-    let (codec, hashed) = (repository.codec().clone(), content.clone());
-    let found = tokio::task::spawn_blocking(move || ContentHash::of(&codec.digest(&hashed))).await;
-    if found.map_err(|_| RepositoryError::Stopping)? == hash {
+/// Reading has compared the content with the digest in the header; this compares that digest with the name.
+fn check_name(key: &Key, content: Bytes, digest: &Digest, hash: ContentHash) -> Result<Bytes, RepositoryError> {
+    if ContentHash::of(digest) == hash {
         return Ok(content);
     }
     let reason = "it holds other content than its name says: another object lies under this name".to_owned();
