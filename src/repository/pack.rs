@@ -9,7 +9,7 @@
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::codec::{self, Codec, CodecError, HEADER_BYTES, Kind};
+use super::codec::{Codec, CodecError, HEADER_BYTES, Kind};
 use super::crypto::{ObjectKey, SALT_BYTES};
 use super::format::{Repository, RepositoryError, corrupt};
 use super::layout::{BackupId, ContentHash, Incarnation, Key};
@@ -66,6 +66,14 @@ pub struct FrameCompressor {
     codec: Codec,
     zstd: zstd::bulk::Compressor<'static>,
     buffer: Vec<u8>,
+}
+
+/// Opens one frame after the other in the same memory; one for each thread.
+pub struct FrameOpener {
+    codec: Codec,
+    incarnation: Incarnation,
+    zstd: zstd::bulk::Decompressor<'static>,
+    plain: Vec<u8>,
 }
 
 impl FrameCompressor {
@@ -149,32 +157,45 @@ impl PackBuilder {
     }
 }
 
-/// Opens a frame given its stored bytes. CPU work: call it on the blocking pool.
-///
-/// # Errors
-/// [`CodecError`] when the bytes are not the frame that was addressed.
-pub fn open_frame(
-    codec: &Codec,
-    incarnation: Incarnation,
-    pack: &PackRef,
-    frame: &FrameRef,
-    stored: &[u8],
-) -> Result<Vec<u8>, CodecError> {
-    if frame.plain_bytes as usize > FRAME_BYTES_MAX {
-        return Err(CodecError::TooLong { declared: frame.plain_bytes.into(), limit: FRAME_BYTES_MAX as u64 });
+impl FrameOpener {
+    /// # Errors
+    /// Only when zstd fails to allocate.
+    pub fn new(codec: &Codec, incarnation: Incarnation) -> Result<FrameOpener, CodecError> {
+        let zstd = zstd::bulk::Decompressor::new().map_err(|e| CodecError::Compression(e.to_string()))?;
+        Ok(FrameOpener { codec: codec.clone(), incarnation, zstd, plain: Vec::new() })
     }
-    let plain = match codec.object_key(&pack.salt) {
-        Some(key) => {
-            let name = Key::pack(incarnation, &pack.backup, pack.number);
-            let opened = key.open_frame(name.as_str(), frame.offset, stored)?;
-            codec::decompress(&opened, frame.plain_bytes.into())?
+
+    /// Opens a frame given its stored bytes. CPU work: call it on the blocking pool.
+    ///
+    /// # Errors
+    /// [`CodecError`] when the bytes are not the frame that was addressed.
+    pub fn open(&mut self, pack: &PackRef, frame: &FrameRef, stored: &[u8]) -> Result<&[u8], CodecError> {
+        if frame.plain_bytes as usize > FRAME_BYTES_MAX {
+            return Err(CodecError::TooLong { declared: frame.plain_bytes.into(), limit: FRAME_BYTES_MAX as u64 });
         }
-        None => codec::decompress(stored, frame.plain_bytes.into())?,
-    };
-    if ContentHash::of(&codec.digest(&plain)) != frame.hash {
-        return Err(CodecError::Digest);
+        match self.codec.object_key(&pack.salt) {
+            Some(key) => {
+                let name = Key::pack(self.incarnation, &pack.backup, pack.number);
+                self.decompress(&key.open_frame(name.as_str(), frame.offset, stored)?, frame)?;
+            }
+            None => self.decompress(stored, frame)?,
+        }
+        if ContentHash::of(&self.codec.digest(&self.plain)) != frame.hash {
+            return Err(CodecError::Digest);
+        }
+        Ok(&self.plain)
     }
-    Ok(plain)
+
+    fn decompress(&mut self, body: &[u8], frame: &FrameRef) -> Result<(), CodecError> {
+        self.plain.clear();
+        self.plain.reserve(frame.plain_bytes as usize);
+        let found = self.zstd.decompress_to_buffer(body, &mut self.plain);
+        let found = found.map_err(|e| CodecError::Compression(e.to_string()))? as u64;
+        if found == u64::from(frame.plain_bytes) {
+            return Ok(());
+        }
+        Err(CodecError::Length { found, declared: frame.plain_bytes.into() })
+    }
 }
 
 /// Reads and opens one frame; damaged bytes are read once more before they count.
@@ -190,7 +211,12 @@ pub async fn read_frame(
     loop {
         let stored = repository.store().get_range(&key, frame.offset..end).await?;
         let (codec, pack, frame) = (repository.codec().clone(), pack.clone(), *frame);
-        let opened = tokio::task::spawn_blocking(move || open_frame(&codec, incarnation, &pack, &frame, &stored)).await;
+        let open = move || {
+            let mut opener = FrameOpener::new(&codec, incarnation)?;
+            opener.open(&pack, &frame, &stored)?;
+            Ok::<_, CodecError>(opener.plain)
+        };
+        let opened = tokio::task::spawn_blocking(open).await;
         match opened.map_err(|_| RepositoryError::Stopping)? {
             Ok(plain) => return Ok(plain.into()),
             Err(_) if again => again = false,

@@ -11,8 +11,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
@@ -22,7 +22,7 @@ use super::run::RestoreError;
 use super::target::{TargetDirectory, io_error};
 use super::write::NewFile;
 use crate::repository::backup_object::{Extent, FileKind, TablePacks};
-use crate::repository::pack::{PackRef, open_frame, read_frame};
+use crate::repository::pack::{FrameOpener, PackRef, read_frame};
 use crate::repository::tables::{FileExtent, TableFile, TableReader};
 use crate::repository::{Incarnation, Key, Repository, RepositoryError};
 
@@ -61,6 +61,13 @@ struct Range {
     pieces: Vec<Piece>,
 }
 
+/// Where frames are opened and written.
+struct Openers {
+    cores: Arc<Semaphore>,
+    /// Those that nobody uses now.
+    free: Mutex<Vec<FrameOpener>>,
+}
+
 /// Restores the files of a backup.
 pub struct Fetch {
     pub repository: Repository,
@@ -77,11 +84,12 @@ impl Fetch {
     pub async fn run(&self, tables: TablePacks) -> Result<(), RestoreError> {
         let (send, receive) = mpsc::channel::<Range>(RANGES_AT_ONCE);
         // One more than cores: another opens frames while one waits for its turn to write.
-        let cores = Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(2, |n| n.get()) + 1));
+        let threads = std::thread::available_parallelism().map_or(2, |n| n.get()) + 1;
+        let openers = Arc::new(Openers { cores: Arc::new(Semaphore::new(threads)), free: Mutex::default() });
         let ranges = futures::stream::unfold(receive, |mut receive| async {
             receive.recv().await.map(|range| (range, receive))
         });
-        let bring = ranges.map(Ok).try_for_each_concurrent(RANGES_AT_ONCE, |range| self.bring(range, &cores));
+        let bring = ranges.map(Ok).try_for_each_concurrent(RANGES_AT_ONCE, |range| self.bring(range, &openers));
         // `bring` first: its error is the cause when the walk finds the channel closed.
         let ((), symlinks) = tokio::try_join!(bring, self.walk(tables, send))?;
         for (path, link) in symlinks {
@@ -123,6 +131,10 @@ impl Fetch {
         let mode = if file.entry.mode & 0o050 != 0 { 0o750 } else { 0o700 };
         let made = fs::DirBuilder::new().recursive(true).mode(mode).create(&path);
         made.map_err(io_error("make", &path))?;
+        // Where WAL goes there may be a directory already.
+        if file.entry.path.starts_with("pg_wal") {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(io_error("set the mode of", &path))?;
+        }
         if file.entry.path == "global" && mode == 0o750 {
             let root = self.target.root();
             fs::set_permissions(root, fs::Permissions::from_mode(mode)).map_err(io_error("set the mode of", root))?;
@@ -152,18 +164,23 @@ impl Fetch {
     }
 
     /// Fetches a range, opens its frames and writes their pieces.
-    async fn bring(&self, range: Range, cores: &Arc<Semaphore>) -> Result<(), RestoreError> {
+    async fn bring(&self, range: Range, openers: &Arc<Openers>) -> Result<(), RestoreError> {
         let key = Key::pack(self.incarnation, &range.pack.backup, range.pack.number);
         let stored = self.repository.store().get_range(&key, range.start..range.end).await;
         let stored = stored.map_err(|e| RestoreError::of_file(range.first_path(), e.into()))?;
         self.progress.fetched_bytes.fetch_add(stored.len() as u64, Ordering::Relaxed);
-        let permit = cores.clone().acquire_owned().await.map_err(|_| RepositoryError::Stopping)?;
+        let permit = openers.cores.clone().acquire_owned().await.map_err(|_| RepositoryError::Stopping)?;
         let (codec, incarnation, progress) = (self.repository.codec().clone(), self.incarnation, self.progress.clone());
+        let (openers, key) = (openers.clone(), key.clone());
         let opened = self.target.writers().spawn_blocking(move || {
             let _permit = permit;
-            write_range(range, &stored, &progress, |pack, extent, bytes| {
-                open_frame(&codec, incarnation, pack, &extent.frame, bytes).ok()
-            })
+            let free = || openers.free.lock().unwrap_or_else(PoisonError::into_inner);
+            let opener = free().pop().map_or_else(|| FrameOpener::new(&codec, incarnation), Ok);
+            let mut opener =
+                opener.map_err(|source| RepositoryError::Corrupt { key: key.as_str().to_owned(), source })?;
+            let damaged = write_range(range, &stored, &progress, &mut opener)?;
+            free().push(opener);
+            Ok::<_, RestoreError>(damaged)
         });
         let damaged = opened.await.map_err(|_| RepositoryError::Stopping)??;
         for group in damaged {
@@ -237,7 +254,7 @@ fn write_range(
     range: Range,
     stored: &Bytes,
     progress: &Progress,
-    open: impl Fn(&PackRef, &Extent, &[u8]) -> Option<Vec<u8>>,
+    opener: &mut FrameOpener,
 ) -> Result<Vec<Vec<Piece>>, RestoreError> {
     let mut damaged = Vec::new();
     let start = range.start;
@@ -251,11 +268,11 @@ fn write_range(
         let from = usize::try_from(frame.offset.saturating_sub(start)).unwrap_or(usize::MAX);
         let bytes = stored.get(from..from.saturating_add(frame.stored_bytes as usize));
         let plain = match (bytes, group.first()) {
-            (Some(bytes), Some(first)) => open(&range.pack, &first.extent, bytes),
+            (Some(bytes), Some(first)) => opener.open(&range.pack, &first.extent.frame, bytes).ok(),
             _ => None,
         };
         match plain {
-            Some(plain) => write_pieces(group, &plain, progress)?,
+            Some(plain) => write_pieces(group, plain, progress)?,
             None => damaged.push(group),
         }
     }
