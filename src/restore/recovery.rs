@@ -99,11 +99,13 @@ const LEFTOVERS: [&str; 4] = ["postmaster.pid", "postmaster.opts", "standby.sign
 /// When it is not the directory of a base backup of a supported major that begins before the target, when a server runs
 /// on it, or when it cannot be written. Nothing is written before everything is checked.
 pub fn prepare(data_directory: &Path, recovery: &Recovery) -> anyhow::Result<Prepared> {
-    prepare_with(data_directory, read_control(data_directory)?, recovery)
+    let prepared = prepare_with(data_directory, read_control(data_directory)?, recovery)?;
+    durable_fs::sync_file_system(data_directory).with_context(|| format!("sync {}", data_directory.display()))?;
+    Ok(prepared)
 }
 
 /// [`prepare`] for a directory whose `pg_control` does not have its name yet: no server can be started on it before it is
-/// prepared.
+/// prepared. The caller syncs before that, once for everything that a restore wrote.
 pub fn prepare_with(data_directory: &Path, control: ControlFile, recovery: &Recovery) -> anyhow::Result<Prepared> {
     if let Some(running) = Postmaster::find(data_directory)? {
         bail!("a server runs on {} (pid {})", data_directory.display(), running.pid);
@@ -141,8 +143,8 @@ pub fn prepare_with(data_directory: &Path, control: ControlFile, recovery: &Reco
         overrides: Settings::new(),
     };
     set_source_aside(data_directory, recovery.configuration)?;
-    write_configuration(&mut prepared, recovery)?;
-    write(&data_directory.join("recovery.signal"), b"")?;
+    write_configuration(&mut prepared, recovery, durable_fs::write_unsynced)?;
+    write(durable_fs::write_unsynced, &data_directory.join("recovery.signal"), b"")?;
     Ok(prepared)
 }
 
@@ -156,14 +158,15 @@ pub fn raise_parameters(prepared: &mut Prepared, recovery: &Recovery) -> anyhow:
         return Ok(false);
     }
     prepared.parameters = raised;
-    write_configuration(prepared, recovery)?;
+    write_configuration(prepared, recovery, durable_fs::write)?;
     Ok(true)
 }
 
 /// Takes the recovery settings out again after a recovery that has ended. They would do no harm, but would surprise whoever
 /// reads them, or makes a standby of the directory.
 pub fn forget_recovery(prepared: &Prepared, recovery: &Recovery) -> anyhow::Result<()> {
-    write(&prepared.data_directory.join("postgresql.auto.conf"), automatic(prepared, recovery, None)?.as_bytes())
+    let text = automatic(prepared, recovery, None)?;
+    write(durable_fs::write, &prepared.data_directory.join("postgresql.auto.conf"), text.as_bytes())
 }
 
 /// The server refuses a directory that others may read or the group may write, as an empty one that was given to restore
@@ -211,7 +214,7 @@ fn set_source_aside(data_directory: &Path, configuration: Configuration) -> anyh
     for name in names {
         let (file, aside) = (data_directory.join(name), aside(data_directory, name));
         if file.exists() && !aside.exists() {
-            durable_fs::rename(&file, &aside).with_context(|| format!("set {} aside", file.display()))?;
+            durable_fs::rename_unsynced(&file, &aside).with_context(|| format!("set {} aside", file.display()))?;
         }
     }
     Ok(())
@@ -221,7 +224,7 @@ fn aside(data_directory: &Path, name: &str) -> PathBuf {
     data_directory.join(format!("{name}.source"))
 }
 
-fn write_configuration(prepared: &mut Prepared, recovery: &Recovery) -> anyhow::Result<()> {
+fn write_configuration(prepared: &mut Prepared, recovery: &Recovery, how: Write) -> anyhow::Result<()> {
     let data_directory = &prepared.data_directory;
     // Relative to the data directory where it lies inside, so that the directory can be moved.
     let socket_directory = prepared.socket_directory.strip_prefix(data_directory).unwrap_or(&prepared.socket_directory);
@@ -239,22 +242,22 @@ fn write_configuration(prepared: &mut Prepared, recovery: &Recovery) -> anyhow::
             let main = format!(
                 "# Written by pgrecall: this copy keeps to itself. The source's file is postgresql.conf.source.\n{isolated}"
             );
-            write(&data_directory.join("postgresql.conf"), main.as_bytes())?;
-            write(&data_directory.join("pg_hba.conf"), HBA.as_bytes())?;
-            write(&data_directory.join("pg_ident.conf"), b"")?;
+            write(how, &data_directory.join("postgresql.conf"), main.as_bytes())?;
+            write(how, &data_directory.join("pg_hba.conf"), HBA.as_bytes())?;
+            write(how, &data_directory.join("pg_ident.conf"), b"")?;
         }
         Configuration::Source => {
             let hba = data_directory.join("pgrecall_hba.conf");
-            write(&hba, HBA.as_bytes())?;
+            write(how, &hba, HBA.as_bytes())?;
             for (name, text) in [("pg_hba.conf", HBA), ("pg_ident.conf", "")] {
                 let path = data_directory.join(name);
                 if !path.exists() {
-                    write(&path, text.as_bytes())?;
+                    write(how, &path, text.as_bytes())?;
                 }
             }
             prepared.overrides = isolated;
             prepared.overrides.set("hba_file", hba.to_string_lossy());
-            own_places(data_directory)?;
+            own_places(data_directory, how)?;
         }
     }
     let command = match &recovery.wal {
@@ -271,7 +274,7 @@ fn write_configuration(prepared: &mut Prepared, recovery: &Recovery) -> anyhow::
     };
     let settings = configuration::recovery(&recovery.target, action, &command);
     let text = automatic(prepared, recovery, Some(&settings))?;
-    write(&prepared.data_directory.join("postgresql.auto.conf"), text.as_bytes())
+    write(how, &prepared.data_directory.join("postgresql.auto.conf"), text.as_bytes())
 }
 
 /// `postgresql.auto.conf`: with the source's configuration its own lines come first, and the larger settings stay.
@@ -295,7 +298,7 @@ fn automatic(prepared: &Prepared, recovery: &Recovery, settings: Option<&Setting
 
 /// A source's `postgresql.conf` that names its places (as Debian's does) would start the server on the *source's* data
 /// directory: the copy's own places are written behind.
-fn own_places(data_directory: &Path) -> anyhow::Result<()> {
+fn own_places(data_directory: &Path, how: Write) -> anyhow::Result<()> {
     const PLACES: [&str; 5] = ["data_directory", "hba_file", "ident_file", "external_pid_file", "include"];
     const MARK: &str = "# The places of this copy, written by pgrecall.\n";
     let main = data_directory.join("postgresql.conf");
@@ -311,7 +314,7 @@ fn own_places(data_directory: &Path) -> anyhow::Result<()> {
         .set("hba_file", path("pg_hba.conf"))
         .set("ident_file", path("pg_ident.conf"))
         .set("external_pid_file", "");
-    write(&main, format!("{own}\n{MARK}{places}").as_bytes())
+    write(how, &main, format!("{own}\n{MARK}{places}").as_bytes())
 }
 
 /// A directory that only we can enter: the chosen one, else inside the data directory unless its path is too long for a
@@ -345,8 +348,11 @@ fn make_socket_directory(data_directory: &Path, chosen: Option<&Path>) -> anyhow
     Ok(directory)
 }
 
-fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    durable_fs::write(path, bytes, 0o600).with_context(|| format!("write {}", path.display()))
+/// Of [`durable_fs`]: at once durable, or with everything else that a restore wrote.
+type Write = fn(&Path, &[u8], u32) -> io::Result<()>;
+
+fn write(how: Write, path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+    how(path, bytes, 0o600).with_context(|| format!("write {}", path.display()))
 }
 
 fn remove_if_there(path: &Path) -> anyhow::Result<()> {

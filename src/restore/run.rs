@@ -161,10 +161,13 @@ async fn fetch(
     target.prepare(plan)?;
     let fetch =
         Fetch { repository: repository.clone(), incarnation, target: target.clone(), progress: progress.clone() };
-    fetch.run(commit.tables).await?;
     let fetcher = SegmentFetcher::new(repository, incarnation, plan.segment_size).among(target.writers());
-    let done = || progress.segments.fetch_add(1, Ordering::Relaxed);
-    wal::preload(&fetcher, plan, &target.pg_wal(), || _ = done()).await?;
+    let done = || {
+        progress.segments.fetch_add(1, Ordering::Relaxed);
+    };
+    // At the same time: neither waits for the other's last bytes.
+    let pg_wal = target.pg_wal();
+    tokio::try_join!(fetch.run(commit.tables), wal::preload(&fetcher, plan, &pg_wal, done))?;
     Ok(commit.surroundings.config_files)
 }
 

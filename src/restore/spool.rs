@@ -49,7 +49,7 @@ pub struct WalState {
     pub left: Vec<String>,
 }
 
-/// Writes what `wal-get` needs into the folder `pgrecall_restore`.
+/// Writes what `wal-get` needs into the folder `pgrecall_restore`; the caller syncs.
 pub fn write_state(folder: &Path, plan: &Plan) -> Result<(), TargetError> {
     let own = || plan.wal.iter().filter(|s| !s.left);
     let first = own().next().map_or(0, |s| s.segment.0);
@@ -68,10 +68,10 @@ pub fn write_state(folder: &Path, plan: &Plan) -> Result<(), TargetError> {
     };
     let path = folder.join(STATE_FILE);
     let bytes = serde_json::to_vec_pretty(&state).expect("a state has only text keys");
-    durable_fs::write(&path, &bytes, 0o600).map_err(io_error("write", &path))?;
+    durable_fs::write_unsynced(&path, &bytes, 0o600).map_err(io_error("write", &path))?;
     let path = folder.join(SEGMENTS_FILE);
     let lines = own().flat_map(crate::repository::backup_object::line).collect::<Vec<u8>>();
-    durable_fs::write(&path, &lines, 0o600).map_err(io_error("write", &path))
+    durable_fs::write_unsynced(&path, &lines, 0o600).map_err(io_error("write", &path))
 }
 
 impl WalState {

@@ -15,7 +15,7 @@ use crate::util::durable_fs;
 
 const MAIN: &str = "postgresql.conf";
 
-/// Writes the files that the data directory lacks.
+/// Writes the files that the data directory lacks; the caller syncs.
 pub fn place(files: &[ConfigFile], data_directory: &Path) -> anyhow::Result<()> {
     let main = files.iter().map(|file| Path::new(&file.path)).find(|path| path.ends_with(MAIN));
     let Some(home) = main.and_then(Path::parent) else { return Ok(()) };
@@ -37,7 +37,7 @@ pub fn place(files: &[ConfigFile], data_directory: &Path) -> anyhow::Result<()> 
         if let Some(parent) = place.parent() {
             make(parent)?;
         }
-        durable_fs::write(&place, file.content.as_bytes(), 0o600)
+        durable_fs::write_unsynced(&place, file.content.as_bytes(), 0o600)
             .with_context(|| format!("write {}", place.display()))?;
         for folder in included_folders(&file.content) {
             make(&place.with_file_name(folder))?;

@@ -218,7 +218,7 @@ impl TargetDirectory {
         Ok(moved.unwrap_or_else(|| self.root.join(relative)))
     }
 
-    /// Writes the new places into the restored `tablespace_map`.
+    /// Writes the new places into the restored `tablespace_map`; the caller syncs.
     pub fn rewrite_tablespace_map(&self) -> Result<(), TargetError> {
         let path = self.root.join("tablespace_map");
         let bytes = match fs::read(&path) {
@@ -236,7 +236,7 @@ impl TargetDirectory {
         if let Some(oid) = missing {
             return Err(TargetError::TablespaceMap(format!("tablespace {oid} is not in it")));
         }
-        durable_fs::write(&path, &map.encode(), 0o600).map_err(io_error("write", &path))
+        durable_fs::write_unsynced(&path, &map.encode(), 0o600).map_err(io_error("write", &path))
     }
 
     /// Makes everything that was written durable.

@@ -5,8 +5,8 @@
 //!
 //! Memory: objects in flight are admitted against a budget of [`BUDGET_MIB`] by what decoding them costs.
 
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs::{DirBuilder, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -181,14 +181,14 @@ pub fn preload_end(plan: &Plan) -> usize {
     preload_segments(plan.segment_size).min(plan.wal.len())
 }
 
-/// Puts the first segments and all histories into `pg_wal`.
+/// Puts the first segments and all histories into `pg_wal`; the caller syncs.
 pub async fn preload(
     fetcher: &SegmentFetcher,
     plan: &Plan,
     pg_wal: &Path,
     done: impl Fn(),
 ) -> Result<(), RestoreError> {
-    let made = std::fs::create_dir_all(pg_wal.join("archive_status"));
+    let made = DirBuilder::new().recursive(true).mode(0o700).create(pg_wal.join("archive_status"));
     made.map_err(io_error("make", pg_wal))?;
     let segments = futures::stream::iter(preloaded(plan));
     let fetched = segments.map(Ok).try_for_each_concurrent(SEGMENTS_AT_ONCE, |planned| async {
@@ -206,7 +206,7 @@ pub async fn preload(
         };
         let content = wal_object::read_history(&fetcher.repository, &key, hash).await?;
         let path = pg_wal.join(timeline.history_name());
-        durable_fs::write(&path, &content, 0o600).map_err(io_error("write", &path))?;
+        durable_fs::write_unsynced(&path, &content, 0o600).map_err(io_error("write", &path))?;
     }
     Ok(())
 }

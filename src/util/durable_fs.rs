@@ -23,6 +23,20 @@ pub fn write(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     result
 }
 
+/// Writes one of many files, whole or not at all for whoever looks; durable only after [`sync_file_system`].
+pub fn write_unsynced(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let temporary = temporary_name(path);
+    let result = (|| {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
+        file.write_all(bytes)?;
+        rename_unsynced(&temporary, path)
+    })();
+    if result.is_err() {
+        let _ = fs::remove_file(&temporary);
+    }
+    result
+}
+
 /// Renames durably: the directory of the new name is synced afterwards.
 #[allow(clippy::disallowed_methods, reason = "the one place that may rename")]
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {

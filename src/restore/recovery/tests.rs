@@ -19,8 +19,8 @@ fn directory() -> tempfile::TempDir {
     put(228, 16 << 20);
     let crc = crc32c::crc32c(&control[..292]);
     control[292..296].copy_from_slice(&crc.to_le_bytes());
-    write(&data.join("global/pg_control"), &control).expect("write");
-    write(&data.join("backup_label"), LABEL.as_bytes()).expect("write");
+    write(durable_fs::write, &data.join("global/pg_control"), &control).expect("write");
+    write(durable_fs::write, &data.join("backup_label"), LABEL.as_bytes()).expect("write");
     dir
 }
 
@@ -46,7 +46,7 @@ fn read(dir: &tempfile::TempDir, name: &str) -> String {
 fn the_source_s_settings_are_set_aside_once() {
     let dir = directory();
     for name in ["postgresql.conf", "postgresql.auto.conf", "pg_hba.conf", "standby.signal", "postmaster.opts"] {
-        write(&dir.path().join(name), b"archive_mode = on\n").expect("write");
+        write(durable_fs::write, &dir.path().join(name), b"archive_mode = on\n").expect("write");
     }
     for _ in 0..2 {
         prepare(dir.path(), &recovery()).expect("prepare");
@@ -78,8 +78,8 @@ fn nothing_is_written_where_something_is_missing() {
 fn a_source_that_names_its_places_does_not_lead_back_to_them() {
     let dir = directory();
     let debian = "data_directory = '/var/lib/postgresql/18/main'\nport = 5433\n";
-    write(&dir.path().join("postgresql.conf"), debian.as_bytes()).expect("write");
-    write(&dir.path().join("postgresql.auto.conf"), b"work_mem = '7MB'\n").expect("write");
+    write(durable_fs::write, &dir.path().join("postgresql.conf"), debian.as_bytes()).expect("write");
+    write(durable_fs::write, &dir.path().join("postgresql.auto.conf"), b"work_mem = '7MB'\n").expect("write");
     let recovery = Recovery { configuration: Configuration::Source, ..recovery() };
     let prepared = prepare(dir.path(), &recovery).expect("prepare");
     prepare(dir.path(), &recovery).expect("prepare again");
