@@ -30,6 +30,8 @@ pub enum Code {
     NotFound,
     /// An environment that was asked about is not protected now.
     Unprotected,
+    /// Whoever asked has no right to it.
+    Denied,
     /// Somebody pressed Ctrl-C or stopped the service.
     Cancelled,
 }
@@ -49,6 +51,7 @@ impl Code {
             Code::Host => 9,
             Code::NotFound => 10,
             Code::Unprotected => 11,
+            Code::Denied => 12,
             Code::Cancelled => 130,
         }
     }

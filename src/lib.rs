@@ -69,7 +69,8 @@
 //! * `recovery_target_time`: PostgreSQL is given an LSN.
 //! * `archive_command`: WAL comes over the replication protocol, so that it is there within a second and PostgreSQL keeps
 //!   what is not yet stored.
-//! * `unsafe` code, and global state other than the subscriber of the log.
+//! * `unsafe` code, but for the one call that asks the kernel for the groups of a peer, and global state other than the
+//!   subscriber of the log.
 
 pub mod archive;
 pub mod backup;

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use hyper::Method;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::progress::Progress;
-use super::{Context, EnvironmentArgument, interrupted};
+use super::{Context, EnvironmentArgument, interrupted, remote};
 use crate::config::{Config, Environment};
 use crate::control::client::{Client, ClientError};
-use crate::control::protocol::BackupEvent;
+use crate::control::protocol::{Accepted, BackupEvent, JobReport};
 use crate::daemon::environment::EnvironmentBody;
 use crate::daemon::snapshot::{EnvironmentSnapshot, State, Wal};
 use crate::daemon::supervisor::{Body, Pauses};
@@ -29,6 +30,11 @@ pub struct Arguments {
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    if let Some(client) = context.daemon_of_another() {
+        let path = format!("/v1/environments/{}/backup", arguments.environment.name);
+        let report = remote::run_job(context, &client, &path, &serde_json::json!({})).await?;
+        return show_end(context, event_of(&report));
+    }
     let config = context.load_config()?;
     let environment = arguments.environment.find(&config)?;
     let mut progress = Progress::new(context.output);
@@ -51,6 +57,10 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
         Err(ClientError::Failed(failure)) => return Err(failure),
     };
     drop(progress);
+    show_end(context, event)
+}
+
+fn show_end(context: &Context, event: BackupEvent) -> Result<(), Failure> {
     match event {
         BackupEvent::Failed { error } => Err(error),
         done => {
@@ -69,7 +79,31 @@ async fn ask_daemon(
     progress: &mut Progress,
 ) -> Result<BackupEvent, ClientError> {
     let client = Client::new(&config.control_socket);
-    client.backup(environment.name.as_str(), |event| show(progress, event)).await
+    let path = format!("/v1/environments/{}/backup", environment.name);
+    let accepted: Accepted = client.ask(Method::POST, &path, None).await?;
+    let report = client.follow(&accepted.job, |report| show(progress, &event_of(report))).await?;
+    Ok(event_of(&report))
+}
+
+/// A job that takes a backup, in the words of a backup.
+fn event_of(report: &JobReport) -> BackupEvent {
+    let text = |key: &str| {
+        let found = report.result.as_ref().and_then(|result| result[key].as_str());
+        found.unwrap_or_default().to_owned()
+    };
+    match (&report.error, &report.result) {
+        (Some(error), _) => BackupEvent::Failed { error: error.clone() },
+        (None, Some(result)) => BackupEvent::Done {
+            backup: text("backup"),
+            bytes_stored: result["bytes_stored"].as_u64().unwrap_or(0),
+            summary: text("summary"),
+        },
+        (None, None) => BackupEvent::Running {
+            phase: report.phase.clone().unwrap_or_else(|| report.state.clone()),
+            bytes_done: report.bytes_done,
+            bytes_total: report.bytes_total,
+        },
+    }
 }
 
 /// A service for this one environment, for as long as the backup takes.

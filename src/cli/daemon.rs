@@ -8,15 +8,19 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
+use super::places::absolute;
 use super::{Context, interrupted};
 use crate::config::Config;
 use crate::control::listener::Listener;
 use crate::control::server::Server;
 use crate::daemon::Daemon;
+use crate::daemon::access::AccessRules;
+use crate::daemon::audit::AuditLog;
 use crate::daemon::handle::Handle;
 use crate::daemon::jobs::{self, Jobs};
 use crate::daemon::reload::{self, Service};
 use crate::daemon::repositories::Repositories;
+use crate::daemon::service;
 use crate::daemon::snapshot::{Snapshot, State};
 use crate::daemon::supervisor::Pauses;
 use crate::error::{Code, Failure};
@@ -47,7 +51,16 @@ pub async fn run(context: &Context) -> Result<(), Failure> {
     let handle = service.daemon.handle();
     let manager = ServiceManager::from_environment();
     let mut beside = JoinSet::new();
-    beside.spawn(server.run(handle.clone(), cancel.clone(), JOIN_GRACE));
+    let audit = AuditLog::new(service.repositories.clone(), cancel.child_token());
+    let ways = service::Service {
+        handle: handle.clone(),
+        jobs: service.jobs.clone(),
+        access: service.access.clone(),
+        audit: audit.clone(),
+        repositories: service.repositories.clone(),
+        config_path: absolute(&service.config.path)?,
+    };
+    beside.spawn(server.run(ways, cancel.clone(), JOIN_GRACE));
     if let Some(listener) = listener {
         beside.spawn(listener.run(handle.clone(), cancel.clone()));
     }
@@ -56,7 +69,7 @@ pub async fn run(context: &Context) -> Result<(), Failure> {
         () = interrupted() => {}
         () = serve(&mut service, &handle, &manager) => {}
     }
-    stop(service, &manager, cancel, beside).await
+    stop(service, &manager, cancel, Beside { tasks: beside, audit }).await
 }
 
 fn start(config: Config, cancel: &CancellationToken) -> Service {
@@ -67,7 +80,8 @@ fn start(config: Config, cancel: &CancellationToken) -> Service {
     let name = jobs::daemon_name(&config.control_socket);
     let jobs = Jobs::start(repositories.clone(), name, config.limits, cancel.child_token());
     let daemon = Daemon::start(reload::plan(&config, &jobs), Pauses::default(), cancel.clone());
-    Service { config, daemon, jobs, repositories }
+    let access = AccessRules::new(&config, rustix::process::geteuid().as_raw());
+    Service { config, daemon, jobs, repositories, access }
 }
 
 /// Reads the configuration again when told to, and reports to the service manager; never ends.
@@ -114,15 +128,21 @@ fn reload(service: &mut Service) -> Result<reload::ReloadReport, Failure> {
     result
 }
 
+/// What serves those who ask.
+struct Beside {
+    tasks: JoinSet<()>,
+    audit: AuditLog,
+}
+
 async fn stop(
     service: Service,
     manager: &ServiceManager,
     cancel: CancellationToken,
-    mut beside: JoinSet<()>,
+    mut beside: Beside,
 ) -> Result<(), Failure> {
     let grace = service.config.shutdown_grace;
     info!(grace_ms = grace.as_millis(), "stopping: what was received is being stored");
-    manager.stopping(grace + 3 * JOIN_GRACE);
+    manager.stopping(grace + 4 * JOIN_GRACE);
     cancel.cancel();
     let in_time = tokio::select! {
         in_time = service.daemon.stop(grace + JOIN_GRACE) => in_time,
@@ -134,7 +154,10 @@ async fn stop(
     if !service.jobs.stopped(JOIN_GRACE).await {
         warn!("some jobs did not end in time; the next start names them");
     }
-    while let Some(ended) = beside.join_next().await {
+    if !beside.audit.stopped(JOIN_GRACE).await {
+        warn!("some acts did not come to be on record in the repository; this log has them");
+    }
+    while let Some(ended) = beside.tasks.join_next().await {
         if let Err(error) = ended {
             warn!(error = %error, "a socket's task did not end well");
         }

@@ -3,23 +3,26 @@
 //! Results go to standard output, as text or with `--json` as one JSON document; errors and progress go to standard
 //! error. The exit status is that of [`crate::error::Code`] (`docs/exit-codes.md`).
 
+mod audit;
 mod backup;
 mod backups;
 mod config_check;
 mod daemon;
 mod incarnation;
+mod jobs;
 mod key;
 mod output;
 mod places;
 mod plan;
 mod progress;
+mod reload;
+mod remote;
 mod restore;
 mod server;
 mod slot;
 mod status;
 mod store_state;
 mod target;
-mod times;
 mod verify;
 mod wal_get;
 
@@ -30,7 +33,9 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand};
 
 use crate::config::{self, Config, Environment};
+use crate::control::client::Client;
 use crate::error::{Code, Failure};
+use crate::operations::times;
 use crate::telemetry;
 use output::Output;
 
@@ -64,6 +69,13 @@ enum Verb {
     Restore(restore::Arguments),
     /// Look for missing, cut or damaged objects and holes in the stored WAL
     Verify(verify::Arguments),
+    /// The long work of the daemon
+    #[command(subcommand)]
+    Jobs(jobs::Verb),
+    /// Show who did what in an environment, and check that nobody changed the record
+    Audit(audit::Arguments),
+    /// Have the running daemon apply the changed configuration
+    Reload,
     /// Hand a WAL file to a recovering PostgreSQL (its restore_command)
     WalGet(wal_get::Arguments),
     /// The replication slot of an environment
@@ -110,6 +122,26 @@ impl Context {
     fn load_config(&self) -> Result<Config, Failure> {
         Ok(Config::load(&self.config_path)?)
     }
+
+    /// The control socket, for somebody who may not read the configuration, too.
+    fn socket(&self) -> PathBuf {
+        Config::load(&self.config_path).map(|config| config.control_socket).unwrap_or_else(|_| config::default_socket())
+    }
+
+    /// The daemon, when it runs as another user: what this one may do is then its to say, and the store its to read. Root reads
+    /// everything by itself.
+    fn daemon_of_another(&self) -> Option<Client> {
+        let own = rustix::process::geteuid();
+        self.daemon_unless(|owner| own.is_root() || owner == own.as_raw())
+    }
+
+    /// The daemon, when there is a socket whose owner is not one of `own`.
+    fn daemon_unless(&self, own: impl Fn(u32) -> bool) -> Option<Client> {
+        use std::os::unix::fs::MetadataExt as _;
+        let socket = self.socket();
+        let owner = std::fs::metadata(&socket).ok()?.uid();
+        (!own(owner)).then(|| Client::new(&socket))
+    }
 }
 
 /// Runs a command line; the status is that of the process.
@@ -147,6 +179,9 @@ fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
         Verb::Plan(arguments) => block_on(until_interrupted(plan::run(context, arguments))),
         Verb::Restore(arguments) => block_on(restore::run(context, arguments)),
         Verb::Verify(arguments) => block_on(verify::run(context, arguments)),
+        Verb::Jobs(verb) => block_on(until_interrupted(jobs::run(context, verb))),
+        Verb::Audit(arguments) => block_on(until_interrupted(audit::run(context, arguments))),
+        Verb::Reload => block_on(until_interrupted(reload::run(context))),
         Verb::WalGet(_) => Err(Failure::new(Code::Usage, "answer wal-get here: it has statuses of its own")),
         Verb::Backups(arguments) => block_on(until_interrupted(backups::run(context, arguments))),
     }

@@ -4,19 +4,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use clap::{Args, ValueEnum};
+use hyper::Method;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::places::{PlacesArguments, absolute};
 use super::progress::Progress;
-use super::target::{Planned, TargetArguments};
-use super::{Context, interrupted};
+use super::target::TargetArguments;
+use super::{Context, interrupted, remote};
 use crate::config::Environment;
+use crate::control::client::Client;
+use crate::daemon::jobs::restore::{CheckAsked, FinishAsked, RestoreAsked};
 use crate::error::{Code, Failure};
+use crate::operations::planned::Planned;
 use crate::operations::restore::{self, Observer, RestoreReport, RestoreRequest, execute};
 use crate::restore::recovery::Finish;
 use crate::restore::{Plan, fetch, follow};
-use crate::util::clock;
 
 /// How often what is fetched is shown.
 const LOOK_EVERY: std::time::Duration = std::time::Duration::from_millis(250);
@@ -63,6 +66,9 @@ enum CheckArgument {
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    if let Some(client) = context.daemon_unless(|owner| is_own(owner, &arguments)) {
+        return ask_daemon(context, &client, &arguments).await;
+    }
     let config = context.load_config()?;
     let environment = arguments.target.environment.find(&config)?;
     if !arguments.dry_run {
@@ -86,7 +92,7 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
         watcher.stop_fetching();
         drop(watcher);
         let report = report?;
-        context.output.result(&report, show);
+        context.output.result(&report, RestoreReport::show);
         Ok(())
     };
     let mut work = std::pin::pin!(work);
@@ -99,6 +105,48 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
         result = &mut work => result,
         () = interrupted() => Err(Failure::new(Code::Cancelled, "finish: interrupted twice")),
     }
+}
+
+/// Whether this process restores by itself: as the daemon's user, and as root where nothing is started.
+fn is_own(owner: u32, arguments: &Arguments) -> bool {
+    let own = rustix::process::geteuid();
+    owner == own.as_raw() || (own.is_root() && (arguments.no_start || arguments.dry_run))
+}
+
+/// The daemon restores, as its user.
+async fn ask_daemon(context: &Context, client: &Client, arguments: &Arguments) -> Result<(), Failure> {
+    let environment = &arguments.target.environment.name;
+    let target = arguments.target.asked();
+    if arguments.dry_run {
+        let path = format!("/v1/environments/{environment}/plan");
+        return remote::show(context, client, Method::POST, &path, Some(&remote::body(&target))).await;
+    }
+    let places = arguments.places.tablespaces();
+    let asked = RestoreAsked {
+        to: target.to,
+        exclusive: target.exclusive,
+        timeline: target.timeline,
+        incarnation: target.incarnation,
+        into: arguments.places.directory()?,
+        finish: match arguments.finish {
+            FinishArgument::Promote => FinishAsked::Promote,
+            FinishArgument::Pause => FinishAsked::Pause,
+            FinishArgument::Shutdown => FinishAsked::Shutdown,
+        },
+        check: match arguments.check {
+            CheckArgument::None => CheckAsked::None,
+            CheckArgument::Quick => CheckAsked::Quick,
+            CheckArgument::Full => CheckAsked::Full,
+        },
+        with_config: arguments.with_config,
+        no_start: arguments.no_start,
+        tablespaces: places.moved,
+        tablespaces_under: places.under,
+        user: arguments.user.clone(),
+    };
+    let path = format!("/v1/environments/{environment}/restore");
+    let report = remote::run_job(context, client, &path, &remote::body(&asked)).await?;
+    remote::show_end(context, report)
 }
 
 fn request_of(context: &Context, environment: &Environment, arguments: &Arguments) -> Result<RestoreRequest, Failure> {
@@ -180,31 +228,4 @@ impl Drop for Watcher {
     fn drop(&mut self) {
         self.stop_fetching();
     }
-}
-
-fn show(report: &RestoreReport) -> String {
-    use std::fmt::Write as _;
-    let side = if report.inclusive { "after" } else { "before" };
-    let mut text = format!(
-        "{} is restored into {} from backup {}, {side} {} on timeline {}",
-        report.environment,
-        report.directory.display(),
-        report.backup,
-        report.target_lsn,
-        report.timeline
-    );
-    if let Some(reached) = report.reached_lsn {
-        let _ = write!(text, "\nreached: {reached}");
-    }
-    if let Some(timeline) = report.new_timeline {
-        let _ = write!(text, "\ntakes writes on the new timeline {timeline}");
-    }
-    if let (Some(psql), Some(pid)) = (&report.psql, report.pid) {
-        let _ = write!(text, "\nserver process {pid}; connect with:\n  {psql}");
-    }
-    for remark in &report.remarks {
-        let _ = write!(text, "\nnote: {remark}");
-    }
-    let _ = write!(text, "\nfinished {}", clock::now().format("%Y-%m-%d %H:%M:%S UTC"));
-    text
 }

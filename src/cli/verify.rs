@@ -1,14 +1,13 @@
 //! `pgrecall verify ENV`: the repository against itself.
 
-use std::fmt::Write as _;
-
 use clap::Args;
 
 use super::progress::Progress;
-use super::{Context, EnvironmentArgument};
+use super::{Context, EnvironmentArgument, remote};
+use crate::daemon::jobs::verify::VerifyAsked;
 use crate::error::{Code, Failure};
-use crate::repository::inspect::{InspectSettings, Report, Severity, inspect};
-use crate::util::units::show_bytes;
+use crate::operations::verify;
+use crate::repository::inspect::{InspectSettings, inspect};
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -27,6 +26,16 @@ pub struct Arguments {
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    if let Some(client) = context.daemon_of_another() {
+        let path = format!("/v1/environments/{}/verify", arguments.environment.name);
+        let asked = VerifyAsked {
+            read_percent: arguments.read_data.unwrap_or(0),
+            sample: arguments.sample,
+            after: arguments.after,
+        };
+        let report = remote::run_job(context, &client, &path, &remote::body(&asked)).await?;
+        return remote::show_end(context, report);
+    }
     let config = context.load_config()?;
     let environment = arguments.environment.find(&config)?;
     let repository = environment.open_repository().await?;
@@ -55,36 +64,6 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
             None => failure,
         });
     };
-    context.output.result(&report, show);
-    if report.is_sound() {
-        return Ok(());
-    }
-    let problems = report.findings.iter().filter(|finding| finding.severity == Severity::Problem).count() as u64;
-    let count = problems.saturating_add(report.more_findings);
-    Err(Failure::new(Code::Corrupt, format!("verify {}: {count} problems", environment.name))
-        .hint("Take a new backup now; what the problems name is not restorable from here."))
-}
-
-fn show(report: &Report) -> String {
-    let mut text = format!(
-        "{} backups, {} packs, {} WAL objects, {} stored",
-        report.backups,
-        report.packs,
-        report.wal_objects,
-        show_bytes(report.stored_bytes)
-    );
-    if report.read.objects > 0 {
-        let _ = write!(text, "\n{} objects read, {}", report.read.objects, show_bytes(report.read.bytes));
-    }
-    for finding in &report.findings {
-        let kind = if finding.severity == Severity::Note { "note" } else { "problem" };
-        let _ = write!(text, "\n{kind}: {}: {}", finding.object, finding.what);
-    }
-    if report.more_findings > 0 {
-        let _ = write!(text, "\nand {} more", report.more_findings);
-    }
-    if report.is_sound() {
-        text.push_str("\nsound");
-    }
-    text
+    context.output.result(&report, verify::show);
+    verify::judge(environment.name.as_str(), &report)
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use chrono_tz::Tz;
 
+use super::access::Access;
 use super::document::Section;
 use super::secret_ref::SecretRef;
 use crate::replication::ConnectConfig;
@@ -39,6 +40,8 @@ pub struct Environment {
     pub archive: Archive,
     pub restore: Restore,
     pub backups: Backups,
+    /// Who may what in this environment, besides what `[access]` says of all.
+    pub access: Access,
     /// Backups are read from a standby where one of the hosts is one.
     pub backup_from_standby: bool,
     /// How far back every moment stays restorable.
@@ -159,6 +162,7 @@ impl Environment {
             archive: read_archive(&section),
             restore: read_restore(section.table("restore")),
             backups: read_backups(&section),
+            access: Access::read(section.table("access")),
             backup_from_standby: section.boolean("backup_from_standby").unwrap_or(false),
             window: section.duration("window", 14 * DAY, Duration::from_hours(1)..=3650 * DAY),
             time_zone: section.parsed("time_zone", parse_zone).unwrap_or(Tz::UTC),

@@ -7,6 +7,7 @@
 //! Services take small `Settings` of their own; this module builds them, and they never see `config`.
 //! `config.example.toml` at the root of the tree holds every key; a test keeps it equal to the defaults here.
 
+mod access;
 mod build;
 mod document;
 mod environment;
@@ -20,6 +21,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use access::{Access, Principal};
 pub use document::Problem;
 pub use environment::{Archive, Backups, Environment, EnvironmentName, Location, Postgres, Restore, S3};
 pub use secret_ref::{SecretError, SecretRef};
@@ -52,6 +54,8 @@ pub struct Config {
     pub sandbox: operations::sandbox::Settings,
     /// Where metrics and health are served, on this host only.
     pub metrics_listen: Option<SocketAddr>,
+    /// Who may what in every environment, and with the daemon itself.
+    pub access: Access,
     pub environments: BTreeMap<EnvironmentName, Environment>,
 }
 
@@ -89,6 +93,12 @@ pub fn locate(flag: Option<&Path>) -> PathBuf {
     named.or_else(variable).unwrap_or_else(|| PathBuf::from(DEFAULT_PATH))
 }
 
+/// Where the daemon listens, for those who cannot read its configuration: what `PGRECALL_CONTROL_SOCKET` says, else the default.
+pub fn default_socket() -> PathBuf {
+    let variable = std::env::var_os("PGRECALL_CONTROL_SOCKET").filter(|path| !path.is_empty());
+    variable.map_or_else(|| PathBuf::from(DEFAULT_CONTROL_SOCKET), PathBuf::from)
+}
+
 impl Config {
     /// Reads and validates a file.
     ///
@@ -112,6 +122,7 @@ impl Config {
         let log = read_log(root.table("log"));
         let limits = read_limits(root.table("limits"));
         let sandbox = sandbox::read(root.table("sandbox"));
+        let access = Access::read(root.table("access"));
         let control_socket = root.parsed("control_socket", environment::absolute_path);
         let shutdown_grace =
             root.duration("shutdown_grace", SHUTDOWN_GRACE, Duration::from_secs(1)..=SHUTDOWN_GRACE_MAX);
@@ -143,6 +154,7 @@ impl Config {
                 limits,
                 sandbox,
                 metrics_listen,
+                access,
                 environments,
             }),
             problems => Err(problems),

@@ -6,10 +6,13 @@ use super::*;
 const EXAMPLE: &str = include_str!("../../config.example.toml");
 
 /// Keys without a default, which the example shows with an invented value.
-const INVENTED: [&str; 18] = [
+const INVENTED: [&str; 21] = [
     "metrics_listen",
     "backup_bandwidth_max",
     "restore_bandwidth_max",
+    "viewer",
+    "operator",
+    "admin",
     "password_file",
     "password_env",
     "endpoint",
@@ -76,6 +79,7 @@ fn the_example_holds_every_key() {
     read_log(root.table("log"));
     read_limits(root.table("limits"));
     sandbox::read(root.table("sandbox"));
+    Access::read(root.table("access"));
     root.text("control_socket");
     root.text("shutdown_grace");
     root.text("metrics_listen");
@@ -84,8 +88,9 @@ fn the_example_holds_every_key() {
     }
     let keys: BTreeSet<String> = document.schema();
     assert!(keys.contains("environment.*.s3.endpoint"), "{keys:?}");
-    for key in
-        keys.iter().filter(|key| !matches!(key.as_str(), "environment" | "defaults" | "log" | "limits" | "sandbox"))
+    for key in keys
+        .iter()
+        .filter(|key| !matches!(key.as_str(), "environment" | "defaults" | "log" | "limits" | "access" | "sandbox"))
     {
         let name = key.rsplit('.').next().expect("the last part");
         let written = |line: &str| line.trim_start_matches('#').starts_with(&format!("{name} = "));

@@ -4,21 +4,23 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 use tokio::net::UnixStream;
 
-use super::protocol::{BackupEvent, ErrorReply, STATUS_PATH, Status, backup_path};
+use super::protocol::{ErrorReply, JobReport, Status};
 use super::server::REPEAT_EVERY;
 use crate::error::{Code, Failure};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-const REPLY_TIMEOUT: Duration = Duration::from_secs(15);
+/// Planning may read much; the daemon answers at once or says why not.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(120);
 const REPLY_BYTES_MAX: usize = 16 << 20;
-const LINE_BYTES_MAX: usize = 256 * 1024;
+const LINE_BYTES_MAX: usize = 4 << 20;
 
 /// A daemon, by its socket.
 #[derive(Debug, Clone)]
@@ -49,32 +51,37 @@ impl Client {
     }
 
     pub async fn status(&self) -> Result<Status, ClientError> {
-        let response = self.send(Method::GET, STATUS_PATH).await?;
+        self.ask(Method::GET, "/v1/status", None).await
+    }
+
+    /// Sends a request and reads its document.
+    pub async fn ask<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<T, ClientError> {
+        let response = self.send(method, path, body).await?;
         self.document(response).await
     }
 
-    /// Asks for a backup and hands every event to `show`; returns the final one. Dropping this future does not end the
-    /// backup.
-    pub async fn backup(
-        &self,
-        environment: &str,
-        mut show: impl FnMut(&BackupEvent),
-    ) -> Result<BackupEvent, ClientError> {
-        let response = self.send(Method::POST, &backup_path(environment)).await?;
+    /// Follows a job and hands every change to `show`; returns the final state. Dropping this future does not end the job.
+    pub async fn follow(&self, job: &str, mut show: impl FnMut(&JobReport)) -> Result<JobReport, ClientError> {
+        let response = self.send(Method::GET, &format!("/v1/jobs/{job}/follow"), None).await?;
         let mut body = response.into_body();
         let mut pending: Vec<u8> = Vec::new();
         loop {
             let frame = tokio::time::timeout(REPEAT_EVERY * 4, body.frame()).await;
             let frame = frame.map_err(|_| self.failed("the daemon went silent"))?;
-            let Some(frame) = frame else { return Err(self.failed("the daemon ended before the backup did")) };
+            let Some(frame) = frame else { return Err(self.failed("the daemon ended before the job did")) };
             let frame = frame.map_err(|error| self.failed(error))?;
             pending.extend_from_slice(frame.data_ref().map_or(&[], |data| data.as_ref()));
             while let Some(end) = pending.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = pending.drain(..=end).collect();
-                let event: BackupEvent = serde_json::from_slice(&line).map_err(|error| self.failed(error))?;
-                show(&event);
-                if !matches!(event, BackupEvent::Running { .. }) {
-                    return Ok(event);
+                let report: JobReport = serde_json::from_slice(&line).map_err(|error| self.failed(error))?;
+                show(&report);
+                if report.is_final {
+                    return Ok(report);
                 }
             }
             if pending.len() > LINE_BYTES_MAX {
@@ -83,22 +90,23 @@ impl Client {
         }
     }
 
-    async fn send(&self, method: Method, path: &str) -> Result<Response<Incoming>, ClientError> {
+    async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Response<Incoming>, ClientError> {
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, UnixStream::connect(&self.path)).await;
         let stream = stream.map_err(|_| self.failed("the daemon does not accept the connection"))?;
         let stream = stream.map_err(|error| self.no_daemon(&error))?;
+        let content = body.map(ToString::to_string).unwrap_or_default();
+        let request = Request::builder().method(method).uri(path).header("host", "pgrecall");
+        let request = request.body(Full::new(Bytes::from(content))).map_err(|error| self.failed(error))?;
         let exchange = async {
             let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
             // Ends when the response has been read or dropped.
             tokio::spawn(connection);
-            let request = Request::builder().method(method).uri(path).header("host", "pgrecall");
-            let request = request.body(Empty::<Bytes>::new()).expect("the path is made of checked names");
             sender.send_request(request).await
         };
         let response = tokio::time::timeout(REPLY_TIMEOUT, exchange).await;
         let response = response.map_err(|_| self.failed("the daemon does not answer"))?;
         let response = response.map_err(|error| self.failed(error))?;
-        if response.status() == StatusCode::OK {
+        if response.status().is_success() {
             return Ok(response);
         }
         let reply: ErrorReply = self.document(response).await?;

@@ -3,18 +3,12 @@
 use serde::{Deserialize, Serialize};
 
 use crate::daemon::guardian::{Bound, SlotReport};
+use crate::daemon::jobs::{JobRecord, LogLine};
 use crate::daemon::snapshot::{
     ArchiveSnapshot, BackupProgress, BackupsSnapshot, EnvironmentSnapshot, NewestBackup, Snapshot, StoreState,
     Timestamp, Wal,
 };
 use crate::error::Failure;
-
-pub const STATUS_PATH: &str = "/v1/status";
-
-/// The path that asks for a backup.
-pub fn backup_path(environment: &str) -> String {
-    format!("/v1/environments/{environment}/backup")
-}
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
@@ -124,9 +118,91 @@ pub enum BackupEvent {
     Failed { error: Failure },
 }
 
+/// A job, as `GET /v1/jobs/JOB` and each line of `…/follow` show it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobReport {
+    pub job: String,
+    pub environment: String,
+    /// `backup`, `restore`, `sandbox`, `prune`, `verify`, `incident`.
+    pub kind: String,
+    /// `accepted`, `queued`, `running`, `done`, `failed`, `cancelled`, `interrupted`.
+    pub state: String,
+    /// Whether it has ended.
+    pub is_final: bool,
+    pub asked_by: String,
+    pub ticket: Option<String>,
+    pub request: serde_json::Value,
+    /// The host and socket of the daemon whose job it is.
+    pub daemon: String,
+    pub accepted_at: String,
+    pub began_at: Option<String>,
+    pub ended_at: Option<String>,
+    pub phase: Option<String>,
+    pub bytes_done: u64,
+    pub bytes_total: Option<u64>,
+    pub cancel_asked: bool,
+    /// In a stream, only the lines that are new.
+    pub log: Vec<JobLogLine>,
+    pub result: Option<serde_json::Value>,
+    pub error: Option<Failure>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobLogLine {
+    pub number: u64,
+    pub at: String,
+    pub text: String,
+}
+
+/// The answer to `GET /v1/jobs`, oldest first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Jobs {
+    pub jobs: Vec<JobReport>,
+}
+
+/// The answer to a request that begins a job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    pub job: String,
+    pub state: String,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorReply {
     pub error: Failure,
+}
+
+impl From<&JobRecord> for JobReport {
+    fn from(record: &JobRecord) -> Self {
+        let (spec, progress) = (&record.spec, &record.progress);
+        JobReport {
+            job: record.id.to_string(),
+            environment: spec.environment.clone(),
+            kind: spec.kind.as_str().to_owned(),
+            state: record.state.as_str().to_owned(),
+            is_final: record.state.is_final(),
+            asked_by: spec.asked_by.user.clone(),
+            ticket: spec.ticket.clone(),
+            request: spec.request.clone(),
+            daemon: record.daemon.clone(),
+            accepted_at: record.accepted_at.to_string(),
+            began_at: record.began_at.map(|time| time.to_string()),
+            ended_at: record.ended_at.map(|time| time.to_string()),
+            phase: Some(progress.phase.clone()).filter(|phase| !phase.is_empty()),
+            bytes_done: progress.bytes_done,
+            bytes_total: progress.bytes_total,
+            cancel_asked: record.cancel_asked,
+            log: record.log.iter().map(JobLogLine::from).collect(),
+            result: record.result.clone(),
+            error: record.failure.clone(),
+        }
+    }
+}
+
+impl From<&LogLine> for JobLogLine {
+    fn from(line: &LogLine) -> Self {
+        JobLogLine { number: line.number, at: line.at.to_string(), text: line.text.clone() }
+    }
 }
 
 impl From<&Snapshot> for Status {

@@ -4,15 +4,22 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use hyper::Method;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 use tokio_util::sync::CancellationToken;
 
 use super::client::{Client, ClientError};
-use super::protocol::BackupEvent;
-use super::server::{Server, is_allowed};
+use super::protocol::{Accepted, JobReport, Jobs as JobList};
+use super::server::{PEER_MAX, Server};
+use crate::config::{Config, Limits};
 use crate::daemon::Daemon;
+use crate::daemon::access::AccessRules;
+use crate::daemon::audit::AuditLog;
 use crate::daemon::handle::Request;
+use crate::daemon::jobs::Jobs;
+use crate::daemon::repositories::Repositories;
+use crate::daemon::service::Service as Ways;
 use crate::daemon::snapshot::BackupProgress;
 use crate::daemon::supervisor::{Body, BodyContext, Pauses};
 use crate::error::{Code, Failure};
@@ -40,19 +47,36 @@ impl Body for Worker {
 struct Service {
     dir: tempfile::TempDir,
     daemon: Daemon,
+    repositories: Repositories,
     server: tokio::task::JoinHandle<()>,
     cancel: CancellationToken,
 }
 
 impl Service {
     fn start() -> Service {
+        Service::with("", rustix::process::geteuid().as_raw())
+    }
+
+    /// A service with more in its configuration, of a daemon that belongs to `owner_uid`.
+    fn with(more: &str, owner_uid: u32) -> Service {
         let dir = tempfile::tempdir().expect("temporary directory");
         let cancel = CancellationToken::new();
         let bodies = BTreeMap::from([("shop".to_owned(), Arc::new(Worker) as Arc<dyn Body>)]);
         let daemon = Daemon::start(bodies, Pauses::default(), cancel.clone());
+        let text = format!("{more}\n[environment.shop]\nrepository = \"file://{}/repository\"\n", dir.path().display());
+        let config = Config::parse(&text, std::path::Path::new("config.toml")).expect("a configuration");
+        let repositories = Repositories::new(&config);
+        let ways = Ways {
+            handle: daemon.handle(),
+            jobs: Jobs::start(repositories.clone(), "here".into(), Limits::default(), cancel.clone()),
+            access: AccessRules::new(&config, owner_uid),
+            audit: AuditLog::new(repositories.clone(), cancel.clone()),
+            repositories: repositories.clone(),
+            config_path: "/etc/pgrecall/config.toml".into(),
+        };
         let server = Server::bind(&dir.path().join("s")).expect("bind");
-        let server = tokio::spawn(server.run(daemon.handle(), cancel.clone(), Duration::from_secs(1)));
-        Service { dir, daemon, server, cancel }
+        let server = tokio::spawn(server.run(ways, cancel.clone(), Duration::from_secs(1)));
+        Service { dir, daemon, repositories, server, cancel }
     }
 
     fn path(&self) -> PathBuf {
@@ -80,19 +104,93 @@ impl Service {
 }
 
 #[tokio::test]
-async fn status_and_backup_go_over_the_socket() {
+async fn status_and_a_backup_as_a_job_go_over_the_socket() {
     let service = Service::start();
     let client = Client::new(&service.path());
     let status = client.status().await.expect("status");
     assert_eq!(status.environments.iter().map(|e| e.name.as_str()).collect::<Vec<_>>(), ["shop"]);
+    let body = serde_json::json!({ "idempotency_key": "k1", "ticket": "T-1" });
+    let path = "/v1/environments/shop/backup";
+    let accepted: Accepted = client.ask(Method::POST, path, Some(&body)).await.expect("accepted");
     let mut seen = Vec::new();
-    let last = client.backup("shop", |event| seen.push(event.clone())).await.expect("backup");
-    assert_eq!(last, BackupEvent::Done { backup: "b7".into(), bytes_stored: 2, summary: "ok".into() });
-    assert_eq!(seen.last(), Some(&last));
-    let unknown: Failure = client.backup("shp", |_| ()).await.expect_err("unknown").into();
+    let last = client.follow(&accepted.job, |report| seen.push(report.clone())).await.expect("followed");
+    assert_eq!((last.state.as_str(), last.ticket.as_deref()), ("done", Some("T-1")));
+    assert_eq!(last.result.as_ref().map(|result| result["backup"].clone()), Some("b7".into()));
+    let lines: Vec<u64> = seen.iter().flat_map(|report| &report.log).map(|line| line.number).collect();
+    assert!(lines.is_sorted_by(|a, b| a < b), "each line comes once: {lines:?}");
+    let again: Accepted = client.ask(Method::POST, path, Some(&body)).await.expect("the same");
+    assert_eq!(again.job, accepted.job);
+    let jobs: JobList = client.ask(Method::GET, "/v1/jobs?environment=shop", None).await.expect("jobs");
+    assert_eq!(jobs.jobs.iter().map(|job| job.job.as_str()).collect::<Vec<_>>(), [accepted.job.as_str()]);
+    let wrong = client.ask::<Accepted>(Method::POST, "/v1/environments/shp/backup", None).await;
+    let unknown: Failure = wrong.expect_err("unknown").into();
     assert_eq!((unknown.code, unknown.hint.as_deref()), (Code::NotFound, Some("Did you mean shop?")));
     let answer = service.raw(b"GET /v1/status HTTP/1.1\r\nhost: x\r\n\r\n").await;
     assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.contains("\"name\":\"shop\""), "{answer}");
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_does_not_end_its_job() {
+    let service = Service::start();
+    let client = Client::new(&service.path());
+    let request = b"POST /v1/environments/shop/verify HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n";
+    let mut stream = UnixStream::connect(service.path()).await.expect("connect");
+    stream.write_all(request).await.expect("send");
+    let mut stream = Some(stream);
+    let finished = async {
+        loop {
+            let jobs: JobList = client.ask(Method::GET, "/v1/jobs", None).await.expect("jobs");
+            if !jobs.jobs.is_empty() {
+                // Its answer was not even read.
+                drop(stream.take());
+            }
+            if let Some(job) = jobs.jobs.iter().find(|job| job.is_final) {
+                return job.clone();
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let job: JobReport = tokio::time::timeout(Duration::from_secs(10), finished).await.expect("the job ends");
+    assert_eq!(job.kind, "verify");
+    service.stop().await;
+}
+
+/// The test's own user, as somebody else than the daemon's: with a role in one environment by its name.
+#[tokio::test]
+async fn acts_and_refusals_are_on_record_and_reads_are_not() {
+    if rustix::process::geteuid().is_root() {
+        return;
+    }
+    let own = nix::unistd::User::from_uid(nix::unistd::Uid::effective()).expect("looked up").expect("a name").name;
+    let service = Service::with(&format!("[access]\noperator = [\"user:{own}\"]"), u32::MAX - 1);
+    let client = Client::new(&service.path());
+    client.status().await.expect("an operator sees it");
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(service.path()).expect("a socket").permissions());
+    let accepted: Accepted = client.ask(Method::POST, "/v1/environments/shop/backup", None).await.expect("accepted");
+    let body = serde_json::json!({ "into": "/tmp/x", "ticket": "T-9" });
+    let refused = client.ask::<Accepted>(Method::POST, "/v1/environments/shop/restore", Some(&body)).await;
+    assert_eq!(Failure::from(refused.expect_err("an admin's")).code, Code::Denied);
+    let repository = service.repositories.get("shop").await.expect("open");
+    let record = crate::repository::audit::check(&repository, 10).await.expect("check");
+    let found: Vec<_> =
+        record.acts.iter().map(|r| (r.act.request.as_str(), r.act.outcome, r.act.job.clone())).collect();
+    use crate::daemon::audit::Outcome::{Allowed, Refused};
+    assert_eq!(found, [("backup", Allowed, Some(accepted.job)), ("restore", Refused, None)]);
+    assert!(record.acts.iter().all(|recorded| recorded.act.user == own) && record.problems.is_empty());
+    assert_eq!(mode & 0o777, 0o666, "everybody may connect");
+
+    // One person cannot take every place.
+    let mut open = Vec::new();
+    for _ in 0..PEER_MAX {
+        let mut stream = UnixStream::connect(service.path()).await.expect("connect");
+        stream.write_all(b"GET /v1/status").await.expect("send a part");
+        open.push(stream);
+    }
+    let answer = service.raw(b"").await;
+    assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
+    drop(open);
     service.stop().await;
 }
 
@@ -114,13 +212,25 @@ async fn malformed_and_oversized_requests_are_refused_and_harm_nobody() {
 }
 
 #[tokio::test]
-async fn only_the_owner_reaches_the_socket() {
+async fn without_access_only_the_owner_reaches_the_socket() {
     use std::os::unix::fs::PermissionsExt as _;
     let service = Service::start();
+    Client::new(&service.path()).status().await.expect("served");
     let mode = std::fs::metadata(service.path()).expect("the socket").permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    assert!(is_allowed(70, 70) && is_allowed(0, 70));
-    assert!(!is_allowed(1000, 70) && !is_allowed(70, 0));
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn who_has_no_role_is_refused_whatever_is_asked() {
+    if rustix::process::geteuid().is_root() {
+        return;
+    }
+    let service = Service::with("", u32::MAX - 1);
+    for path in ["/v1/status", "/v1/jobs", "/v1/environments/shop/backups", "/v1/environments/nothing/backups"] {
+        let answer = service.raw(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 403") && answer.contains("no role"), "{path}: {answer}");
+    }
     service.stop().await;
 }
 

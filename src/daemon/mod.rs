@@ -3,6 +3,8 @@
 //! [`Daemon::start`] spawns, [`Daemon::stop`] waits: after the token fires every task stores what it holds and ends
 //! within the grace period; what has not ended then is aborted, in a state that the next start repairs.
 
+pub mod access;
+pub mod audit;
 mod backups;
 pub mod environment;
 pub mod guardian;
@@ -13,6 +15,7 @@ pub mod reload;
 pub mod repositories;
 pub mod sandboxes;
 pub mod schedule;
+pub mod service;
 pub mod slots;
 pub mod snapshot;
 pub mod supervisor;

@@ -10,11 +10,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
+use super::access::AccessRules;
 use super::environment::EnvironmentBody;
 use super::jobs::Jobs;
 use super::repositories::Repositories;
 use super::{Daemon, Planned, slots};
-use crate::config::{Config, Environment};
+use crate::config::{Access, Config, Environment};
 use crate::error::Failure;
 use crate::util::digest::Digest;
 
@@ -43,6 +44,7 @@ pub struct Service {
     pub daemon: Daemon,
     pub jobs: Jobs,
     pub repositories: Repositories,
+    pub access: AccessRules,
 }
 
 impl Service {
@@ -55,6 +57,7 @@ impl Service {
         for environment in config.environments.values() {
             environment.secrets_digest()?;
         }
+        self.access.replace(&config);
         self.repositories.replace(&config);
         let changes = self.daemon.apply(plan(&config, &self.jobs));
         for name in config.environments.keys().filter(|name| !self.config.environments.contains_key(*name)) {
@@ -93,6 +96,8 @@ pub fn plan(config: &Config, jobs: &Jobs) -> BTreeMap<String, Planned> {
 fn fingerprint(environment: &Environment) -> Digest {
     // At the start, an environment whose secret cannot be read says so in its state, and keeps no other from working.
     let secrets = environment.secrets_digest().map_or_else(|failure| failure.to_string(), |digest| digest.to_string());
+    // Who may ask is no matter of the task's.
+    let environment = Environment { access: Access::default(), ..environment.clone() };
     Digest::sha256(format!("{environment:?} {secrets}").as_bytes())
 }
 

@@ -28,6 +28,7 @@ use crate::restore::spool::Prefetcher;
 use crate::restore::target::{TablespacePlaces, hand_over, remove_folder};
 use crate::restore::wal::{SegmentFetcher, preload_end};
 use crate::restore::{Plan, RestoreError, RestoreOptions};
+use crate::util::clock;
 
 /// So long replay may stand still before the restore is given up.
 const STALL_LIMIT: Duration = Duration::from_secs(300);
@@ -92,6 +93,36 @@ pub struct RestoreReport {
     pub restarts: u32,
     /// Sentences that a person should read.
     pub remarks: Vec<String>,
+}
+
+impl RestoreReport {
+    /// For people.
+    pub fn show(&self) -> String {
+        use std::fmt::Write as _;
+        let side = if self.inclusive { "after" } else { "before" };
+        let mut text = format!(
+            "{} is restored into {} from backup {}, {side} {} on timeline {}",
+            self.environment,
+            self.directory.display(),
+            self.backup,
+            self.target_lsn,
+            self.timeline
+        );
+        if let Some(reached) = self.reached_lsn {
+            let _ = write!(text, "\nreached: {reached}");
+        }
+        if let Some(timeline) = self.new_timeline {
+            let _ = write!(text, "\ntakes writes on the new timeline {timeline}");
+        }
+        if let (Some(psql), Some(pid)) = (&self.psql, self.pid) {
+            let _ = write!(text, "\nserver process {pid}; connect with:\n  {psql}");
+        }
+        for remark in &self.remarks {
+            let _ = write!(text, "\nnote: {remark}");
+        }
+        let _ = write!(text, "\nfinished {}", clock::now().format("%Y-%m-%d %H:%M:%S UTC"));
+        text
+    }
 }
 
 /// Executes `plan`. A failure leaves a marked directory that the same call may begin anew.

@@ -1,7 +1,11 @@
 //! What the store alone says about an environment; in this form it also goes over the socket.
 
+use std::fmt::Write as _;
+
+use chrono_tz::Tz;
 use serde::{Deserialize, Serialize};
 
+use super::times;
 use super::window::{self, Survey, Tail};
 use crate::error::Failure;
 use crate::lineage::moment::window::Interval;
@@ -9,6 +13,8 @@ use crate::pg::{Lsn, SegmentSize, TimelineId, Timestamp};
 use crate::repository::catalogue::{self, WalObject};
 use crate::repository::identity::{self, KnownIncarnation};
 use crate::repository::{Repository, RepositoryError};
+use crate::util::clock;
+use crate::util::units::show_bytes;
 
 /// The newest incarnation, as stored.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -125,6 +131,39 @@ async fn load_incarnation(repository: &Repository, current: &KnownIncarnation) -
     })
 }
 
+impl StoreState {
+    /// The backups, for people.
+    pub fn show_backups(&self, zone: Tz) -> String {
+        let now = clock::now();
+        let mut text = String::new();
+        if self.backups.is_empty() && self.damaged_backups.is_empty() {
+            text.push_str("no backup yet");
+        }
+        for backup in &self.backups {
+            let _ = writeln!(text, "{}  {}", backup.id, times::show(backup.stopped_at, zone, now));
+            let _ = writeln!(
+                text,
+                "    PostgreSQL {}, timeline {}, WAL {} to {}, {} in {} files, {} stored{}",
+                backup.server_version,
+                backup.timeline,
+                backup.start_lsn,
+                backup.stop_lsn,
+                show_bytes(backup.bytes),
+                backup.files,
+                show_bytes(backup.stored_bytes),
+                if backup.from_standby { ", from a standby" } else { "" },
+            );
+            if backup.damaged_blocks > 0 {
+                let _ = writeln!(text, "    the server reported {} damaged blocks", backup.damaged_blocks);
+            }
+        }
+        for damaged in &self.damaged_backups {
+            let _ = writeln!(text, "{}  cannot be used: failed to {}", damaged.id, damaged.error);
+        }
+        text
+    }
+}
+
 /// Every backup that exists; one that cannot be read does not hide the others.
 async fn load_backups(
     repository: &Repository,
@@ -217,7 +256,7 @@ mod tests {
     use crate::pg::SegmentNo;
     use crate::repository::Key;
     use crate::repository::layout::{ContentHash, WalRange};
-    use crate::util::{clock, digest::Digest};
+    use crate::util::digest::Digest;
 
     #[test]
     fn the_stream_ends_at_the_newest_byte_and_begins_after_the_last_hole() {

@@ -259,9 +259,10 @@ impl Inspection<'_> {
     }
 
     async fn wal_headers(&self, wal: &WalListing, report: &mut Report) -> Result<(), RepositoryError> {
-        let checks = futures::stream::iter(&wal.ranges).map(|object| async move {
-            let fits = |header: &Header| tells_of(header, object);
-            (object, self.header(&object.key, Kind::Wal, object.bytes, fits).await)
+        let checks = futures::stream::iter(wal.ranges.iter().cloned()).map(|object| async move {
+            let fits = |header: &Header| tells_of(header, &object);
+            let header = self.header(&object.key, Kind::Wal, object.bytes, fits).await;
+            (object, header)
         });
         let mut checks = checks.buffer_unordered(HEADERS_AT_ONCE);
         while let Some((object, header)) = checks.next().await {
@@ -273,7 +274,7 @@ impl Inspection<'_> {
                 continue;
             }
             let Some(header) = report.note(object.key.as_str(), header)? else { continue };
-            if !tells_of(&header, object) {
+            if !tells_of(&header, &object) {
                 report.add(Severity::Problem, object.key.as_str(), "its header tells of other content than its name");
             }
         }

@@ -2,9 +2,9 @@
 //!
 //! [`layout`] makes and reads every name, [`store`] is the narrow interface to the object store, [`codec`] and [`crypto`]
 //! put each object into its envelope, [`mod@format`] opens an environment's repository. On them stand what the objects mean:
-//! [`identity`] and [`generation`] (whose past, which writer), [`job`] (long work, on record), [`segment`] and [`wal_object`]
-//! (WAL), [`index`] and [`coverage`] (which moments), [`pack`], [`tables`] and [`backup_object`] (backups), [`catalogue`] (what
-//! is there), [`pin`] (what is kept beyond the window).
+//! [`identity`] and [`generation`] (whose past, which writer), [`job`] and [`audit`] (long work and acts, on record), [`segment`]
+//! and [`wal_object`] (WAL), [`index`] and [`coverage`] (which moments), [`pack`], [`tables`] and [`backup_object`] (backups),
+//! [`catalogue`] (what is there), [`pin`] (what is kept beyond the window).
 //! [`inspect`] holds a repository against itself, [`probe`] tries out what the store can do.
 //!
 //! Three kinds of objects. *Primary*: written once, named by content or by id and generation. *Derived* (the index): any
@@ -16,6 +16,7 @@
 //!
 #![doc = include_str!("../../docs/repository-format.md")]
 
+pub mod audit;
 pub mod backup_object;
 pub mod catalogue;
 pub mod codec;

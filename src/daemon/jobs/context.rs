@@ -6,7 +6,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::record::Progress;
 use super::{JobId, JobRecord, JobSpec};
-use crate::error::Failure;
+use crate::error::{Code, Failure};
 use crate::repository::{Repository, job};
 
 /// A job, from the inside.
@@ -54,4 +54,17 @@ impl JobContext {
             None => Ok(()),
         }
     }
+}
+
+/// Runs a future on a thread of its own, of which there are as many as such jobs at a time: for those of which the compiler does
+/// not prove that threads may pass them on. Dropping this future does not end it.
+pub async fn apart<T, F>(begin: impl FnOnce() -> F + Send + 'static) -> Result<T, Failure>
+where
+    T: Send + 'static,
+    F: Future<Output = Result<T, Failure>>,
+{
+    let runtime = tokio::runtime::Handle::current();
+    let span = tracing::Span::current();
+    let ended = tokio::task::spawn_blocking(move || span.in_scope(|| runtime.block_on(begin()))).await;
+    ended.unwrap_or_else(|error| Err(Failure::new(Code::Internal, format!("work: {error}"))))
 }

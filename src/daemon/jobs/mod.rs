@@ -9,12 +9,14 @@
 //! free waits, in the order in which jobs came to be on record.
 
 pub mod backup;
-mod context;
+pub mod context;
 mod load;
 pub mod record;
+pub mod restore;
 mod run;
 #[cfg(test)]
 mod tests;
+pub mod verify;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -119,6 +121,22 @@ impl Jobs {
     /// When there is no such environment, too much waits already, the daemon is stopping, or the idempotency key stands for
     /// another request. With a key, also before the environment's earlier jobs are known: see [`Jobs::until_known`].
     pub fn submit(&self, spec: JobSpec, work: Arc<dyn Work>) -> Result<JobId, Failure> {
+        let id = self.id_for(&spec.environment, spec.idempotency_key.as_deref());
+        self.submit_as(id, spec, work)
+    }
+
+    /// The id that a job will have: a new one, or that of the job for which the key stands already.
+    pub fn id_for(&self, environment: &str, idempotency_key: Option<&str>) -> JobId {
+        let registry = self.registry();
+        let known = idempotency_key.and_then(|key| registry.by_key(environment, key));
+        known.map_or_else(|| registry.new_id(), |record| record.id)
+    }
+
+    /// As [`Jobs::submit`], with an id from [`Jobs::id_for`].
+    ///
+    /// # Errors
+    /// As [`Jobs::submit`].
+    pub fn submit_as(&self, id: JobId, spec: JobSpec, work: Arc<dyn Work>) -> Result<JobId, Failure> {
         let environment = spec.environment.clone();
         self.0.repositories.environment(&environment)?;
         if self.0.cancel.is_cancelled() {
@@ -139,8 +157,7 @@ impl Jobs {
             let why = format!("{waiting} jobs of {environment} wait or run already");
             return Err(failure_for(&spec, Code::Conflict, &why).retryable());
         }
-        let record = JobRecord::new(registry.new_id(), spec, self.0.daemon.clone());
-        let id = record.id.clone();
+        let record = JobRecord::new(id.clone(), spec, self.0.daemon.clone());
         let entry = Entry { record: watch::Sender::new(record), cancel: self.0.cancel.child_token(), is_own: true };
         registry.insert(entry.clone());
         drop(registry);

@@ -66,7 +66,7 @@ impl JobRecord {
     }
 
     /// As the store has it; `last` is the number of the state that was read.
-    pub(super) fn stored(fact: JobFact, last: u32) -> JobRecord {
+    pub fn stored(fact: JobFact, last: u32) -> JobRecord {
         JobRecord {
             id: fact.id,
             spec: fact.spec,

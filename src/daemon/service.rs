@@ -1,0 +1,116 @@
+//! All that the control socket may ask of the daemon, in one value.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::access::AccessRules;
+use super::audit::AuditLog;
+use super::handle::Handle;
+use super::jobs::Jobs;
+use super::repositories::Repositories;
+use crate::error::Code;
+use crate::error::Failure;
+use crate::operations::planned::Here;
+pub use crate::operations::planned::TargetAsked;
+use crate::operations::state;
+use crate::repository::audit;
+
+/// A cheap copy of the ways into the daemon.
+#[derive(Clone)]
+pub struct Service {
+    pub handle: Handle,
+    pub jobs: Jobs,
+    pub access: AccessRules,
+    pub audit: AuditLog,
+    pub repositories: Repositories,
+    /// The configuration that the daemon reads; restored servers that fetch WAL read it, too.
+    pub config_path: PathBuf,
+}
+
+/// An answer as a document and in words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Shown {
+    pub document: Value,
+    pub text: String,
+}
+
+impl Shown {
+    pub fn new(document: &impl Serialize, text: String) -> Shown {
+        Shown { document: serde_json::to_value(document).expect("our own types are representable in JSON"), text }
+    }
+
+    /// The document with the words in it, as a job's result.
+    pub fn into_result(self) -> Value {
+        let mut document = self.document;
+        if let Value::Object(fields) = &mut document {
+            fields.insert("text".to_owned(), Value::String(self.text));
+        }
+        document
+    }
+}
+
+impl Service {
+    /// What the store says of an environment.
+    ///
+    /// # Errors
+    /// When nothing is stored yet, and as the store says.
+    pub async fn backups(&self, name: &str) -> Result<Shown, Failure> {
+        let (environment, repository) = self.open(name).await?;
+        let Some(state) = state::load(&repository).await? else {
+            return Err(Failure::new(Code::NotFound, format!("list backups of {name}: nothing is stored yet")));
+        };
+        let text = state.show_backups(environment.time_zone);
+        Ok(Shown::new(&state, text))
+    }
+
+    /// What a restore would do.
+    ///
+    /// # Errors
+    /// As planning says; a target that cannot be reached names the nearest that can.
+    pub async fn plan(&self, name: &str, target: &TargetAsked) -> Result<Shown, Failure> {
+        let (environment, repository) = self.open(name).await?;
+        let dirs = &environment.restore.postgres_bin_dirs;
+        let here = Here { environment: name, zone: environment.time_zone, postgres_bin_dirs: dirs };
+        let planned = target.plan(here, &repository).await?;
+        let text = planned.show();
+        Ok(Shown::new(&planned, text))
+    }
+
+    /// The record of acts, checked; the newest `shown` of them.
+    ///
+    /// # Errors
+    /// As the store says.
+    pub async fn recorded(&self, name: &str, shown: usize) -> Result<audit::Record, Failure> {
+        let (_, repository) = self.open(name).await?;
+        Ok(audit::check(&repository, shown).await?)
+    }
+
+    /// Has the daemon read its configuration again.
+    ///
+    /// # Errors
+    /// When something is wrong in it; nothing has changed then.
+    pub async fn reload(&self) -> Result<Shown, Failure> {
+        let report = self.handle.reload().await?;
+        let named = [("added", report.added.as_slice()), ("changed", report.changed.as_slice())];
+        let mut lines: Vec<String> = named
+            .into_iter()
+            .filter(|(_, names)| !names.is_empty())
+            .map(|(what, names)| format!("{what}: {}", names.join(", ")))
+            .collect();
+        lines.push(format!("unchanged: {}", report.unchanged));
+        for removed in &report.removed {
+            lines.push(format!("removed: {}", removed.name));
+            lines.extend(removed.stays.iter().map(|what| format!("  what stays: {what}")));
+        }
+        if !report.needs_restart.is_empty() {
+            lines.push(format!("only after a restart: {}", report.needs_restart.join(", ")));
+        }
+        Ok(Shown::new(&report, lines.join("\n")))
+    }
+
+    async fn open(&self, name: &str) -> Result<(crate::config::Environment, crate::repository::Repository), Failure> {
+        Ok((self.repositories.environment(name)?, self.repositories.get(name).await?))
+    }
+}
