@@ -19,6 +19,7 @@ mod backup;
 mod base_backup;
 mod bounds;
 mod cli;
+mod control;
 mod crash;
 mod daemon;
 mod damage;

@@ -236,7 +236,11 @@ impl Registry {
         let id = entry.record.borrow().id.clone();
         self.jobs.entry(id).or_insert(entry);
         if self.jobs.len() > KEPT_MAX {
-            let oldest = self.jobs.iter().find(|(_, entry)| entry.record.borrow().state.is_final());
+            // That of a sandbox last: while the sandbox is there, its job says whose it is.
+            let ended = |entry: &Entry| entry.record.borrow().state.is_final();
+            let is_sandbox = |entry: &Entry| entry.record.borrow().spec.kind == JobKind::Sandbox;
+            let plain = self.jobs.iter().find(|(_, entry)| ended(entry) && !is_sandbox(entry));
+            let oldest = plain.or_else(|| self.jobs.iter().find(|(_, entry)| ended(entry)));
             if let Some(id) = oldest.map(|(id, _)| id.clone()) {
                 self.jobs.remove(&id);
             }
