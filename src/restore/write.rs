@@ -15,6 +15,9 @@ use crate::util::durable_fs;
 
 /// Zeros are looked for in blocks of this size.
 const BLOCK_BYTES: usize = 4096;
+/// Most bytes of one call. The page cache takes a larger piece in one run of pages, which the kernel must find in memory that
+/// was long unused; on a virtual machine whose host has taken such memory back, that costs several times the copy.
+const WRITE_BYTES_MAX: usize = 32 << 10;
 /// Smaller pieces are left to the sync at the end.
 const WRITEBACK_BYTES_MIN: u64 = 256 << 10;
 const SUFFIX: &str = ".pgrecall-new";
@@ -121,12 +124,12 @@ pub fn write_sparse(file: &File, offset: u64, bytes: &[u8]) -> io::Result<()> {
 }
 
 fn write_run(file: &File, offset: u64, bytes: &[u8], run: std::ops::Range<usize>) -> io::Result<()> {
-    match bytes.get(run.clone()) {
-        Some(run_bytes) if !run_bytes.is_empty() => {
-            file.write_all_at(run_bytes, offset.saturating_add(run.start as u64))
-        }
-        _ => Ok(()),
+    let mut at = offset.saturating_add(run.start as u64);
+    for piece in bytes.get(run).unwrap_or_default().chunks(WRITE_BYTES_MAX) {
+        file.write_all_at(piece, at)?;
+        at = at.saturating_add(piece.len() as u64);
     }
+    Ok(())
 }
 
 /// Mostly decided by the first bytes.
