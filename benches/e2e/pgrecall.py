@@ -2,7 +2,8 @@
 
 Options: `level` is zstd's, `rpo` the bound of exposure, `sync=y` names the daemon for synchronous commits (M9). No command of
 PostgreSQL runs for it. It keeps nothing on local disk, so in M5 its configuration is all that is left of it. The program is
-the release build: PGRECALL_BIN, or what is found as `pgrecall`.
+the release build: PGRECALL_BIN, or what is found as `pgrecall`. With `put_delay` (milliseconds, 0 too) it reaches the store
+through a proxy that makes every PUT so much longer and notes what each took.
 """
 
 import json
@@ -12,6 +13,7 @@ import subprocess
 
 from harness import procs
 from tools.base import Tool, binary
+from tools.slow_puts import SlowPuts
 
 ENVIRONMENT = "demo"
 
@@ -20,13 +22,13 @@ class Adapter(Tool):
     stores = {"posix", "minio"}
     remote = False
     daemon = True
-    defaults = {"level": "3", "rpo": "1s", "sync": "n", "puts": "4"}
+    defaults = {"level": "3", "rpo": "1s", "sync": "n", "puts": "4", "put_delay": ""}
 
     def __init__(self, *args):
         super().__init__(*args)
         self.bin = os.environ.get("PGRECALL_BIN") or binary(self.lab, "pgrecall")
         self.config = self.dir / "config.toml"
-        self.process = None
+        self.process = self.proxy = None
 
     def version(self):
         return subprocess.check_output([self.bin, "--version"], text=True).strip()
@@ -47,13 +49,19 @@ class Adapter(Tool):
         if store.kind == "posix":
             lines += [f'repository = "file://{store.path}"']
         else:
-            lines += [f'repository = "s3://{store.bucket}/pgrecall"', f"[{name}.s3]", f'endpoint = "{store.endpoint}"']
-            lines += ['region = "us-east-1"', f'ca_file = "{store.ca}"']
+            lines += [f'repository = "s3://{store.bucket}/pgrecall"', f"[{name}.s3]", 'region = "us-east-1"']
+            lines += self._endpoint(store)
             for key, value in (("access_key_id", store.key), ("secret_access_key", store.secret)):
                 self._secret(self.dir / key, value)
                 lines += [f'{key}_file = "{self.dir / key}"']
         lines += [f"[{name}.restore]", f'postgres_bin_dirs = ["{self.lab.pgbin}"]']
         self._secret(self.config, "\n".join(lines) + "\n")
+
+    def _endpoint(self, store):
+        if not self.opt["put_delay"]:
+            return [f'endpoint = "{store.endpoint}"', f'ca_file = "{store.ca}"']
+        self.proxy = SlowPuts(store.endpoint, store.ca, float(self.opt["put_delay"]))
+        return [f'endpoint = "{self.proxy.start()}"', "allow_http = true"]
 
     def _secret(self, path, text):
         path.touch(mode=0o600)
@@ -73,6 +81,8 @@ class Adapter(Tool):
         if self.process and self.process.poll() is None:
             self.process.terminate()
             self.process.wait(60)
+        if self.proxy:
+            self.proxy.stop()
 
     def backup(self, first):
         self.run([self.bin, "backup", ENVIRONMENT])
