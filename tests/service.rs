@@ -189,6 +189,28 @@ fn a_broken_environment_of_each_kind_delays_no_other() {
 }
 
 #[test]
+fn a_backup_is_held_to_its_bandwidth_and_wal_is_not() {
+    let cluster = Cluster::start_new(NEWEST);
+    let mut host = Pgrecall::new(&[]);
+    host.key("limits.backup_bandwidth_max", "\"256KiB\"");
+    host.configure(&[environment(&host, "shop").cluster(&cluster)]);
+    host.start(&[&cluster]);
+    wait::until("a backup runs", 60, || of(&host, "shop")["daemon"]["backup"]["event"] == "running");
+    let begin = Instant::now();
+    // A segment and more of WAL, beside packs that need ten seconds.
+    cluster.query("CREATE TABLE t AS SELECT repeat(md5(n::text), 10) FROM generate_series(1, 60000) n");
+    host.wait_stored(&cluster, cluster.flush_lsn());
+    let stored = begin.elapsed();
+    assert_eq!(of(&host, "shop")["daemon"]["backup"]["event"], "running", "WAL was stored first, after {stored:?}");
+    host.wait_for_backup("shop");
+    let backup = host.json(&["backups", "shop"])["backups"][0]["stored_bytes"].as_u64().expect("its size");
+    // The second that may be made up for is given.
+    let least = Duration::from_secs(backup / (256 << 10) - 2);
+    assert!(begin.elapsed() > least, "{backup} bytes in {:?}", begin.elapsed());
+    host.stop();
+}
+
+#[test]
 fn a_backup_begins_by_itself_when_it_is_due() {
     if !slow() {
         return;

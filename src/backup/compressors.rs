@@ -1,13 +1,18 @@
 //! Threads that compress and hash frames; results come back in the order in which the frames were given.
+//!
+//! They are threads of their own, of a lower priority than everything else: PostgreSQL on the same host, and the WAL that this
+//! program stores meanwhile, go first.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinSet;
 
 use super::error::BackupError;
 use crate::repository::codec::{Codec, CodecError};
 use crate::repository::pack::{CompressedFrame, FRAME_BYTES_MAX, FrameCompressor};
+
+/// What `nice(1)` adds by default.
+const NICE: i32 = 10;
 
 struct Job {
     plain: Vec<u8>,
@@ -24,19 +29,24 @@ pub struct Pending(oneshot::Receiver<Result<CompressedFrame, CodecError>>);
 pub struct Compressors {
     jobs: mpsc::Sender<Job>,
     spare: Spare,
-    _workers: JoinSet<()>,
 }
 
 impl Compressors {
-    pub fn start(codec: &Codec, threads: usize) -> Self {
+    /// # Errors
+    /// When the host gives no more threads.
+    pub fn start(codec: &Codec, threads: usize) -> std::io::Result<Self> {
         let (jobs, queue) = mpsc::channel(threads.max(1));
         let (queue, spare) = (Arc::new(Mutex::new(queue)), Spare::default());
-        let mut workers = JoinSet::new();
         for _ in 0..threads.max(1) {
             let (codec, queue, spare) = (codec.clone(), queue.clone(), spare.clone());
-            workers.spawn_blocking(move || work(&codec, &queue, &spare));
+            let body = move || {
+                lower_priority();
+                work(&codec, &queue, &spare);
+            };
+            // Ends with the queue: nobody has to wait for it.
+            std::thread::Builder::new().name("backup".to_owned()).spawn(body)?;
         }
-        Compressors { jobs, spare, _workers: workers }
+        Ok(Compressors { jobs, spare })
     }
 
     /// An empty buffer for a frame.
@@ -56,6 +66,13 @@ impl Compressors {
 impl Pending {
     pub async fn done(self) -> Result<CompressedFrame, BackupError> {
         self.0.await.map_err(|_| BackupError::Cancelled)?.map_err(BackupError::Compress)
+    }
+}
+
+/// Of this thread alone. It cannot be raised again, and where it must not be lowered the backup only competes more.
+fn lower_priority() {
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        tracing::debug!(%error, "lower the priority of a compressing thread: failed");
     }
 }
 

@@ -18,6 +18,8 @@ pub enum BackupError {
     Repository(#[from] RepositoryError),
     #[error("compress a frame: {0}")]
     Compress(CodecError),
+    #[error("start a thread that compresses: {0}")]
+    Thread(std::io::Error),
     #[error("sort the list of files in {}: {source}", folder.display())]
     Scratch { folder: PathBuf, source: std::io::Error },
     /// WAL from the start on would be missing.
@@ -72,7 +74,7 @@ impl BackupError {
             BackupError::Source(e) => e.code(),
             BackupError::Repository(e) if e.is_corrupt() => Code::Corrupt,
             BackupError::Repository(_) | BackupError::Wal(_) | BackupError::StopNotStored { .. } => Code::Store,
-            BackupError::Scratch { .. } => Code::Host,
+            BackupError::Scratch { .. } | BackupError::Thread(_) => Code::Host,
             BackupError::StartNotStored { .. } | BackupError::TimelineChanged { .. } => Code::Postgres,
             BackupError::Mismatch { .. } | BackupError::Unfit(_) => Code::Corrupt,
             BackupError::Superseded { .. } | BackupError::Dropped { .. } => Code::Conflict,
@@ -86,7 +88,9 @@ impl BackupError {
         let text = match self {
             BackupError::Source(e) => return e.hint(),
             BackupError::Repository(RepositoryError::Store(e)) => e.hint()?,
-            BackupError::Scratch { .. } => "Make room there, or set TMPDIR to a directory that has some.",
+            BackupError::Scratch { .. } | BackupError::Thread(_) => {
+                "Make room there, or set TMPDIR to a directory that has some."
+            }
             BackupError::StartNotStored { .. } => {
                 "A backup needs the WAL from its start on. Let the daemon archive this server first, and look at `pgrecall status`."
             }

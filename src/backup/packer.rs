@@ -59,7 +59,7 @@ pub async fn pack(
     settings: &PackSettings,
     progress: &ProgressSender,
 ) -> Result<Packed, BackupError> {
-    let pipeline = Pipeline::start(to, settings, progress.clone());
+    let pipeline = Pipeline::start(to, settings, progress.clone())?;
     let mut reader = Reader::new(start, settings, pipeline, progress.clone());
     let end = loop {
         let event = source.next().await?;
@@ -79,14 +79,14 @@ struct Pipeline {
 }
 
 impl Pipeline {
-    fn start(to: Destination, settings: &PackSettings, progress: ProgressSender) -> Self {
+    fn start(to: Destination, settings: &PackSettings, progress: ProgressSender) -> Result<Self, BackupError> {
         let threads = settings.threads.max(1);
-        let compressors = Arc::new(Compressors::start(to.repository.codec(), threads));
+        let compressors = Arc::new(Compressors::start(to.repository.codec(), threads).map_err(BackupError::Thread)?);
         let (frames, queue) = mpsc::channel(threads.saturating_mul(FRAMES_PER_THREAD));
         let packs = PackWriter::new(to, settings.uploads_max);
         let placer = Placer::new(packs, Sorter::new(&settings.scratch), compressors.clone(), progress);
         let placer = AbortOnDropHandle::new(tokio::spawn(placer.run(queue)));
-        Pipeline { compressors, frames, placer }
+        Ok(Pipeline { compressors, frames, placer })
     }
 
     fn buffer(&self) -> Vec<u8> {

@@ -115,6 +115,7 @@ async fn alone(config: &Config, environment: &Environment, progress: &mut Progre
         shutdown_grace: config.shutdown_grace,
         owned_slots: slots::owned(config),
         jobs: None,
+        backup_throttle: config.limits.backup_throttle(),
     };
     let bodies = BTreeMap::from([(name.clone(), Arc::new(body) as Arc<dyn Body>)]);
     let daemon = Daemon::start(bodies, Pauses::default(), CancellationToken::new());

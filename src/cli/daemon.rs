@@ -13,16 +13,11 @@ use super::{Context, interrupted};
 use crate::config::Config;
 use crate::control::listener::Listener;
 use crate::control::server::Server;
-use crate::daemon::Daemon;
-use crate::daemon::access::AccessRules;
 use crate::daemon::audit::AuditLog;
 use crate::daemon::handle::Handle;
-use crate::daemon::jobs::{self, Jobs};
 use crate::daemon::reload::{self, Service};
-use crate::daemon::repositories::Repositories;
 use crate::daemon::service;
 use crate::daemon::snapshot::{Snapshot, State};
-use crate::daemon::supervisor::Pauses;
 use crate::error::{Code, Failure};
 use crate::telemetry;
 use crate::util::service_manager::ServiceManager;
@@ -76,12 +71,7 @@ fn start(config: Config, cancel: &CancellationToken) -> Service {
     for environment in config.environments.values().filter(|environment| environment.postgres.is_none()) {
         info!(environment = %environment.name, "not archived from here: it has no `postgres` in the configuration");
     }
-    let repositories = Repositories::new(&config);
-    let name = jobs::daemon_name(&config.control_socket);
-    let jobs = Jobs::start(repositories.clone(), name, config.limits, cancel.child_token());
-    let daemon = Daemon::start(reload::plan(&config, &jobs), Pauses::default(), cancel.clone());
-    let access = AccessRules::new(&config, rustix::process::geteuid().as_raw());
-    Service { config, daemon, jobs, repositories, access }
+    Service::start(config, cancel)
 }
 
 /// Reads the configuration again when told to, and reports to the service manager; never ends.

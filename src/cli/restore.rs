@@ -76,7 +76,7 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
     }
     let cancel = CancellationToken::new();
     let work = async {
-        let repository = environment.open_repository().await?;
+        let repository = environment.open_repository().await?.throttled(config.limits.restore_throttle());
         let mut planned = arguments.target.plan(environment, &repository).await?;
         if arguments.dry_run {
             arguments.places.measure(&mut planned.plan)?;

@@ -19,6 +19,7 @@ mod tests;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 pub use access::{Access, Principal};
@@ -30,6 +31,7 @@ use crate::error::{Code, Failure};
 use crate::operations;
 use crate::telemetry;
 use crate::util::nearest::nearest;
+use crate::util::throttle::Throttle;
 use document::{Document, Section};
 
 /// Where the configuration lies when neither `--config` nor `PGRECALL_CONFIG` names another file.
@@ -74,6 +76,18 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Limits { backups: 2, restores: 2, backup_bandwidth_max: None, restore_bandwidth_max: None }
+    }
+}
+
+impl Limits {
+    /// For all backups of this process.
+    pub fn backup_throttle(self) -> Option<Arc<Throttle>> {
+        self.backup_bandwidth_max.map(|bytes| Arc::new(Throttle::new(bytes)))
+    }
+
+    /// For all restores of this process.
+    pub fn restore_throttle(self) -> Option<Arc<Throttle>> {
+        self.restore_bandwidth_max.map(|bytes| Arc::new(Throttle::new(bytes)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the service does for one environment: archive its WAL, and take the backups that are asked for or due.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -27,6 +28,7 @@ use crate::repository::generation::{self, Lease};
 use crate::repository::probe::{self, Abilities};
 use crate::repository::{Generation, Repository, RepositoryError};
 use crate::util::clock;
+use crate::util::throttle::Throttle;
 
 /// An archiver that streams and says nothing for so long hangs.
 const ARCHIVER_SILENCE_MAX: Duration = Duration::from_secs(60);
@@ -39,6 +41,8 @@ pub struct EnvironmentBody {
     pub owned_slots: BTreeSet<String>,
     /// Where backups that begin by themselves become jobs; without it they are none.
     pub jobs: Option<Jobs>,
+    /// What all backups together may send.
+    pub backup_throttle: Option<Arc<Throttle>>,
 }
 
 /// The archiver's task; dropping this ends it.
@@ -70,7 +74,7 @@ impl Body for EnvironmentBody {
         info!(repository = repository.store().place(), %generation, "repository open");
         let mut archiving = self.start_archiving(&repository, generation, &context)?;
         let job = BackupJob {
-            repository: repository.clone(),
+            repository: repository.throttled(self.backup_throttle.clone()),
             generation,
             connect: self.environment.connect()?,
             archive: archiving.status.clone(),

@@ -8,16 +8,19 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::access::AccessRules;
 use super::environment::EnvironmentBody;
-use super::jobs::Jobs;
+use super::jobs::{self, Jobs};
 use super::repositories::Repositories;
+use super::supervisor::Pauses;
 use super::{Daemon, Planned, slots};
 use crate::config::{Access, Config, Environment};
 use crate::error::Failure;
 use crate::util::digest::Digest;
+use crate::util::throttle::Throttle;
 
 /// What a reload came to.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,9 +48,22 @@ pub struct Service {
     pub jobs: Jobs,
     pub repositories: Repositories,
     pub access: AccessRules,
+    pub backup_throttle: Option<Arc<Throttle>>,
 }
 
 impl Service {
+    /// Starts everything; it ends after `cancel` fires.
+    pub fn start(config: Config, cancel: &CancellationToken) -> Service {
+        let repositories = Repositories::new(&config);
+        let name = jobs::daemon_name(&config.control_socket);
+        let jobs = Jobs::start(repositories.clone(), name, config.limits, cancel.child_token());
+        let backup_throttle = config.limits.backup_throttle();
+        let planned = plan(&config, &jobs, backup_throttle.as_ref());
+        let daemon = Daemon::start(planned, Pauses::default(), cancel.clone());
+        let access = AccessRules::new(&config, rustix::process::geteuid().as_raw());
+        Service { config, daemon, jobs, repositories, access, backup_throttle }
+    }
+
     /// Reads the configuration again and applies it.
     ///
     /// # Errors
@@ -59,7 +75,7 @@ impl Service {
         }
         self.access.replace(&config);
         self.repositories.replace(&config);
-        let changes = self.daemon.apply(plan(&config, &self.jobs));
+        let changes = self.daemon.apply(plan(&config, &self.jobs, self.backup_throttle.as_ref()));
         for name in config.environments.keys().filter(|name| !self.config.environments.contains_key(*name)) {
             self.jobs.look_for_earlier(name.to_string());
         }
@@ -78,7 +94,7 @@ impl Service {
 }
 
 /// Every environment that is archived from here, as a task to run.
-pub fn plan(config: &Config, jobs: &Jobs) -> BTreeMap<String, Planned> {
+fn plan(config: &Config, jobs: &Jobs, backup_throttle: Option<&Arc<Throttle>>) -> BTreeMap<String, Planned> {
     let archived = config.environments.values().filter(|environment| environment.postgres.is_some());
     let planned = archived.map(|environment| {
         let body = EnvironmentBody {
@@ -86,6 +102,7 @@ pub fn plan(config: &Config, jobs: &Jobs) -> BTreeMap<String, Planned> {
             shutdown_grace: config.shutdown_grace,
             owned_slots: slots::owned(config),
             jobs: Some(jobs.clone()),
+            backup_throttle: backup_throttle.cloned(),
         };
         (environment.name.to_string(), Planned { body: Arc::new(body), fingerprint: fingerprint(environment) })
     });

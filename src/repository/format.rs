@@ -13,6 +13,7 @@ use super::crypto::{DataKey, MasterKey};
 use super::layout::{self, Incarnation, Key, prefix};
 use super::store::{Store, StoreError};
 use crate::util::digest::{Digest, hex, unhex};
+use crate::util::throttle::Throttle;
 
 /// The format that this program writes and reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -144,6 +145,11 @@ impl Repository {
             (true, Some(master)) => Some(Arc::new(load_data_key(store, master).await?)),
         };
         Ok(Some(Repository { store: store.clone(), codec: Codec::new(level, key) }))
+    }
+
+    /// The same repository, for work whose bytes are held to a rate.
+    pub fn throttled(&self, throttle: Option<Arc<Throttle>>) -> Repository {
+        Repository { store: self.store.throttled(throttle), codec: self.codec.clone() }
     }
 
     pub fn store(&self) -> &Store {

@@ -17,6 +17,7 @@ use object_store::{GetOptions, GetRange, ObjectMeta, ObjectStore, ObjectStoreExt
 use super::layout::Key;
 use super::location::Location;
 use crate::util::retry::Backoff;
+use crate::util::throttle::Throttle;
 
 const CUT: &str = "the answer was cut";
 /// What is said of an object that ends before the bytes that were asked for: by us, by the local store, by S3.
@@ -116,6 +117,7 @@ pub struct Store {
     /// Objects of a page of a listing; `None` where listings come in no order.
     page_objects: Option<usize>,
     reads: Arc<AtomicU64>,
+    throttle: Option<Arc<Throttle>>,
 }
 
 impl Store {
@@ -126,15 +128,26 @@ impl Store {
         let place = format!("{location}/{environment}");
         let checksums = matches!(location, Location::S3(s3) if s3.checksum);
         let page_objects = matches!(location, Location::S3(_)).then_some(PAGE_OBJECTS);
-        let root = root.join(environment);
-        Ok(Store { inner, root, settings, place, checksums, page_objects, reads: Arc::default() })
+        let (root, reads) = (root.join(environment), Arc::default());
+        Ok(Store { inner, root, settings, place, checksums, page_objects, reads, throttle: None })
     }
 
     /// Any store, for tests.
     #[cfg(test)]
     pub fn over(inner: Arc<dyn ObjectStore>, settings: StoreSettings, page_objects: usize) -> Store {
         let (root, place, page_objects) = (Path::from("shop"), "a test's store".to_owned(), Some(page_objects));
-        Store { inner, root, settings, place, checksums: false, page_objects, reads: Arc::default() }
+        Store { inner, root, settings, place, checksums: false, page_objects, reads: Arc::default(), throttle: None }
+    }
+
+    /// The same store, for work whose bytes are held to a rate; who has the store itself is not held back.
+    pub fn throttled(&self, throttle: Option<Arc<Throttle>>) -> Store {
+        Store { throttle, ..self.clone() }
+    }
+
+    async fn wait_turn(&self, bytes: u64) {
+        if let Some(throttle) = &self.throttle {
+            throttle.take(bytes).await;
+        }
     }
 
     /// The location and the environment, for messages.
@@ -151,6 +164,7 @@ impl Store {
     pub async fn put(&self, key: &Key, bytes: impl Into<PutPayload>) -> Result<Option<String>, StoreError> {
         let (path, payload) = (self.path(key), bytes.into());
         let size = payload.content_length() as u64;
+        self.wait_turn(size).await;
         let result = self.attempt("store", key.as_str(), size, || self.inner.put(&path, payload.clone())).await?;
         Ok(result.e_tag)
     }
@@ -192,7 +206,11 @@ impl Store {
         };
         let read = self.attempt_known("read", key.as_str(), limit.min(64 << 20), attempt).await?;
         match read {
-            Ok(bytes) => Ok(bytes),
+            Ok(bytes) => {
+                // Its length was not known before: whoever reads next waits for it.
+                self.wait_turn(bytes.len() as u64).await;
+                Ok(bytes)
+            }
             Err(bytes) => Err(StoreError::TooLarge { action: "read", key: key.as_str().into(), bytes, limit }),
         }
     }
@@ -202,6 +220,7 @@ impl Store {
         self.reads.fetch_add(1, Ordering::Relaxed);
         let path = self.path(key);
         let wanted = range.end.saturating_sub(range.start);
+        self.wait_turn(wanted).await;
         let attempt = || async {
             let options = GetOptions { range: Some(GetRange::Bounded(range.clone())), ..GetOptions::default() };
             let bytes = self.inner.get_opts(&path, options).await?.bytes().await?;

@@ -38,6 +38,7 @@ use crate::error::{Code, Failure};
 pub use crate::repository::JobId;
 pub use crate::repository::job::{Asker, JobKind, JobSpec, JobState, LogLine, Via};
 use crate::util::clock;
+use crate::util::throttle::Throttle;
 
 /// Jobs of one environment that wait or run.
 pub const WAITING_MAX: usize = 8;
@@ -68,6 +69,8 @@ struct Inner {
     backups: Arc<Semaphore>,
     restores: Arc<Semaphore>,
     others: Arc<Semaphore>,
+    /// What all restores together read.
+    restore_throttle: Option<Arc<Throttle>>,
     tasks: TaskTracker,
     cancel: CancellationToken,
     /// The environments whose earlier jobs are known.
@@ -99,6 +102,7 @@ impl Jobs {
             backups: places(limits.backups),
             restores: places(limits.restores),
             others: Arc::new(Semaphore::new(OTHERS_MAX)),
+            restore_throttle: limits.restore_throttle(),
             tasks: TaskTracker::new(),
             cancel,
             known: watch::Sender::default(),
@@ -219,6 +223,10 @@ impl Jobs {
     fn registry(&self) -> MutexGuard<'_, Registry> {
         // A panic elsewhere leaves the map whole: every change of it is one call.
         self.0.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn throttle(&self, kind: JobKind) -> Option<Arc<Throttle>> {
+        self.0.restore_throttle.clone().filter(|_| matches!(kind, JobKind::Restore | JobKind::Sandbox))
     }
 
     fn places(&self, kind: JobKind) -> Arc<Semaphore> {

@@ -33,7 +33,7 @@ pub(super) async fn run(jobs: Jobs, entry: Entry, work: Arc<dyn Work>) {
     let outcome = match turn(&jobs, &entry, &repository, &spec).await {
         Ok(_place) => {
             info!(kind = spec.kind.as_str(), user = spec.asked_by.user, "job began");
-            do_work(&entry, &repository, work).await
+            do_work(&entry, &repository.throttled(jobs.throttle(spec.kind)), work).await
         }
         Err(failure) => Err(failure),
     };
