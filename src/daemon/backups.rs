@@ -211,6 +211,8 @@ impl Backups {
             Ok(true) => info!("{why}"),
             // The last one waits for its turn, or for its outcome to be on record.
             Ok(false) => {}
+            // The daemon is stopping.
+            Err(failure) if failure.code == Code::Cancelled => {}
             Err(failure) => {
                 warn!(error = %failure, "{why}: failed, will be tried again");
                 self.timetable.put_off(self.now());
