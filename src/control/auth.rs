@@ -99,7 +99,7 @@ fn of_job(request: &ControlRequest, caller: &Caller, role: Role, job: &JobRecord
         return Some(Failure::new(Code::NotFound, format!("find sandbox {id}: that job is no sandbox")));
     }
     let is_own = job.spec.asked_by.uid == Some(caller.uid);
-    let message = || format!("{} {id}: {} asked for it", request.name(), job.spec.asked_by.user);
+    let message = || format!("ask for {} of {id}: it is for {}", request.name(), job.spec.asked_by.user);
     let hint = "Only whoever asked for a sandbox, or an admin of its environment, may.";
     (!is_own && role < Role::Admin).then(|| Failure::new(Code::Denied, message()).hint(hint))
 }
@@ -110,7 +110,8 @@ fn refusal(failure: Failure, environment: Option<String>, role: Option<Role>) ->
 
 fn denied(request: &ControlRequest, needed: Role, role: Role) -> Failure {
     let place = request.environment().map_or_else(String::new, |name| format!(" of {name}"));
-    let message = format!("{}{place}: you are {} there, {} is needed", request.name(), role.as_str(), needed.as_str());
+    let message =
+        format!("ask for {}{place}: you are {} there, {} is needed", request.name(), role.as_str(), needed.as_str());
     Failure::new(Code::Denied, message).hint("[access] in the configuration says who may do what.")
 }
 
