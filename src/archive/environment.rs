@@ -251,7 +251,8 @@ impl Archiver {
     ) -> anyhow::Result<Result<Resume, Conflict>> {
         let size = to.segment_size;
         let listing = catalogue::list_wal(&to.repository, to.incarnation, size).await.context("list WAL")?;
-        let gaps = catalogue::list_gaps(&to.repository, to.incarnation).await.context("list gaps")?;
+        let mut gaps = catalogue::list_gaps(&to.repository, to.incarnation).await.context("list gaps")?;
+        gaps.extend(catalogue::list_removed_as_gaps(&to.repository, to.incarnation).await.context("list removed WAL")?);
         // The repository was listed first; a server asked before it could seem to be behind.
         server.identity = server.session.identify_system().await?;
         let position = ServerPosition { flush_lsn: server.identity.flush_lsn, ..position.clone() };

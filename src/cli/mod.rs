@@ -12,9 +12,11 @@ mod incarnation;
 mod jobs;
 mod key;
 mod output;
+mod pin;
 mod places;
 mod plan;
 mod progress;
+mod prune;
 mod reload;
 mod remote;
 mod restore;
@@ -69,6 +71,11 @@ enum Verb {
     Restore(restore::Arguments),
     /// Look for missing, cut or damaged objects and holes in the stored WAL
     Verify(verify::Arguments),
+    /// Remove what has left the recovery window; a running daemon does so once a day
+    Prune(prune::Arguments),
+    /// What is kept beyond the recovery window
+    #[command(subcommand)]
+    Pin(pin::Verb),
     /// The long work of the daemon
     #[command(subcommand)]
     Jobs(jobs::Verb),
@@ -178,6 +185,8 @@ fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
         Verb::Backup(arguments) => block_on(backup::run(context, arguments)),
         Verb::Plan(arguments) => block_on(until_interrupted(plan::run(context, arguments))),
         Verb::Restore(arguments) => block_on(restore::run(context, arguments)),
+        Verb::Prune(arguments) => block_on(prune::run(context, arguments)),
+        Verb::Pin(verb) => block_on(until_interrupted(pin::run(context, verb))),
         Verb::Verify(arguments) => block_on(verify::run(context, arguments)),
         Verb::Jobs(verb) => block_on(until_interrupted(jobs::run(context, verb))),
         Verb::Audit(arguments) => block_on(until_interrupted(audit::run(context, arguments))),

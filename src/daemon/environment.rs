@@ -14,6 +14,7 @@ use super::backups::{Backups, OwnBackups};
 use super::guardian::Guardian;
 use super::handle::Request;
 use super::jobs::Jobs;
+use super::pruning::Pruning;
 use super::schedule::Schedule;
 use super::slots::{self, UnlimitedWal};
 use super::snapshot::{EnvironmentSnapshot, State, Wal};
@@ -73,6 +74,7 @@ impl Body for EnvironmentBody {
         let generation = take_generation(&repository, abilities).await?;
         info!(repository = repository.store().place(), %generation, "repository open");
         let mut archiving = self.start_archiving(&repository, generation, &context)?;
+        let _pruning = Pruning::start(repository.clone(), generation, self.environment.window, context.cancel.clone());
         let job = BackupJob {
             repository: repository.throttled(self.backup_throttle.clone()),
             generation,

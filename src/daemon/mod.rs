@@ -10,6 +10,7 @@ pub mod environment;
 pub mod guardian;
 pub mod handle;
 pub mod jobs;
+mod pruning;
 pub mod pulse;
 pub mod reload;
 pub mod repositories;

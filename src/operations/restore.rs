@@ -28,6 +28,7 @@ use crate::restore::spool::Prefetcher;
 use crate::restore::target::{TablespacePlaces, hand_over, remove_folder};
 use crate::restore::wal::{SegmentFetcher, preload_end};
 use crate::restore::{Plan, RestoreError, RestoreOptions};
+use crate::retention::read_pin::{Read, ReadPin};
 use crate::util::clock;
 
 /// So long replay may stand still before the restore is given up.
@@ -140,6 +141,42 @@ pub async fn execute(
         refuse_root(is_root())?;
     }
     let installation = if request.no_start { None } else { Some(find_programs(&plan, request)?) };
+    let pin = pin_what_is_read(repository, &plan, request).await;
+    let restored = execute_pinned(repository, (plan, installation), request, observer, cancel).await;
+    match pin {
+        Ok(pin) => {
+            pin.release().await;
+            restored
+        }
+        Err(remark) => restored.map(|mut report| {
+            report.remarks.push(remark);
+            report
+        }),
+    }
+}
+
+/// Keeps a prune from what is being read; where nothing may be written, the sentence that says so.
+async fn pin_what_is_read(repository: &Repository, plan: &Plan, request: &RestoreRequest) -> Result<ReadPin, String> {
+    let incarnation = plan.incarnation().map_err(|error| error.to_string())?;
+    let read = Read {
+        incarnation,
+        backup: plan.backup.id.clone(),
+        timeline: plan.stop.timeline,
+        end_lsn: plan.stop.end_lsn,
+        what: format!("restore into {}", request.into.display()),
+    };
+    ReadPin::take(repository, read)
+        .await
+        .map_err(|error| format!("what was read was not pinned: a prune could have removed it after a day ({error})"))
+}
+
+async fn execute_pinned(
+    repository: &Repository,
+    (plan, installation): (Plan, Option<Installation>),
+    request: &RestoreRequest,
+    observer: &mut dyn Observer,
+    cancel: CancellationToken,
+) -> Result<RestoreReport, Failure> {
     let recovery = recovery_of(&plan, request);
     let options = RestoreOptions {
         tablespaces: request.tablespaces.clone(),

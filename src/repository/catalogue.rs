@@ -241,6 +241,19 @@ pub async fn list_removed(
     Ok(removed)
 }
 
+/// The WAL that was removed, for those to whom it is the same as lost: nobody is to ask a server for it.
+pub async fn list_removed_as_gaps(
+    repository: &Repository,
+    incarnation: Incarnation,
+) -> Result<Vec<Gap>, RepositoryError> {
+    let removed = list_removed(repository, incarnation).await?;
+    let gap = |(timeline, end_lsn)| {
+        let cause = "it left the recovery window".to_owned();
+        Gap { timeline, start_lsn: Lsn::ZERO, end_lsn, found_at: Timestamp(0), cause }
+    };
+    Ok(removed.into_iter().map(gap).collect())
+}
+
 /// Records WAL that is missing for good.
 pub async fn write_gap(repository: &Repository, incarnation: Incarnation, gap: &Gap) -> Result<(), RepositoryError> {
     let key = Key::gap(incarnation, gap.timeline, gap.start_lsn, gap.end_lsn);
