@@ -2,9 +2,9 @@
 
 use async_trait::async_trait;
 use pgrecall::config::Config;
-use pgrecall::error::{Code, Failure};
+use pgrecall::error::Failure;
 use pgrecall::lineage::moment::Request;
-use pgrecall::operations::incident::{By, Keeper, Scene, Tail, What, open};
+use pgrecall::operations::incident::{By, Scene, Tail, What, open};
 use pgrecall::operations::locate;
 use pgrecall::pg::Lsn;
 use pgrecall::repository::Ticket;
@@ -25,15 +25,6 @@ impl Tail for Told<'_> {
     }
 }
 
-struct Nobody;
-
-#[async_trait]
-impl Keeper for Nobody {
-    async fn keep_now(&self, _ticket: &Ticket, _by: &str) -> Result<String, Failure> {
-        Err(Failure::new(Code::NotFound, "keep a backup: there is none yet"))
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn the_restore_point_of_an_incident_is_stored_and_can_be_restored_to_on_every_major() {
     for major in MAJORS {
@@ -50,25 +41,19 @@ async fn the_restore_point_of_an_incident_is_stored_and_can_be_restored_to_on_ev
         let repository = environment.open_or_create_repository().await.expect("open");
         let connect = environment.connect().expect("a server");
         let tail = Told(&cluster);
-        let scene = Scene {
-            environment: "shop",
-            repository: &repository,
-            connect: Some(&connect),
-            tail: &tail,
-            keeper: &Nobody,
-        };
+        let scene = Scene { environment: "shop", repository: &repository, connect: Some(&connect), tail: &tail };
         let ticket = |text: &str| text.parse::<Ticket>().expect("a ticket");
 
         let refused = open(&scene, &ticket("OPS-1"), By("ann"), None).await.expect("opened all the same");
         let kinds = |log: &pgrecall::operations::incident::Log| log.entries.iter().map(|e| e.what).collect::<Vec<_>>();
-        assert_eq!(kinds(&refused), [What::Opened, What::Remark, What::Remark]);
+        assert_eq!(kinds(&refused), [What::Opened, What::Pinned, What::Remark]);
         let grant = "GRANT EXECUTE ON FUNCTION pg_create_restore_point(text) TO \"archiver\"";
         assert!(refused.entries[2].text.contains(grant), "{major}: {:?}", refused.entries[2]);
 
         cluster.query(grant);
         cluster.query("CREATE TABLE before (n int)");
         let log = open(&scene, &ticket("OPS-2"), By("ann"), Some("a table is gone")).await.expect("opened");
-        assert_eq!(kinds(&log), [What::Opened, What::Remark, What::RestorePoint, What::Stored], "{major}: {log:?}");
+        assert_eq!(kinds(&log), [What::Opened, What::Pinned, What::RestorePoint, What::Stored], "{major}: {log:?}");
         cluster.query("DROP TABLE before");
         let target = "name:incident-OPS-2".parse().expect("a target");
         let request = Request { target, exclusive: false, timeline: None };

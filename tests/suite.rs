@@ -39,6 +39,7 @@ mod replication;
 mod restore;
 mod resuming;
 mod sandbox;
+mod sandbox_commands;
 mod server_questions;
 mod service;
 mod store_faults;

@@ -53,8 +53,10 @@ pub async fn run(context: &Context) -> Result<(), Failure> {
         access: service.access.clone(),
         audit: audit.clone(),
         repositories: service.repositories.clone(),
+        sandboxes: service.sandboxes.clone(),
         config_path: absolute(&service.config.path)?,
     };
+    beside.spawn(service.sandboxes.clone().run(cancel.child_token()));
     beside.spawn(server.run(ways, cancel.clone(), JOIN_GRACE));
     if let Some(listener) = listener {
         beside.spawn(listener.run(handle.clone(), cancel.clone()));
@@ -149,7 +151,7 @@ async fn stop(
     }
     while let Some(ended) = beside.tasks.join_next().await {
         if let Err(error) = ended {
-            warn!(error = %error, "a socket's task did not end well");
+            warn!(error = %error, "a task beside the environments did not end well");
         }
     }
     if in_time {

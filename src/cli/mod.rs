@@ -9,6 +9,7 @@ mod backups;
 mod config_check;
 mod daemon;
 mod incarnation;
+mod incident;
 mod jobs;
 mod key;
 mod output;
@@ -17,9 +18,11 @@ mod places;
 mod plan;
 mod progress;
 mod prune;
+mod psql;
 mod reload;
 mod remote;
 mod restore;
+mod sandbox;
 mod server;
 mod slot;
 mod status;
@@ -69,6 +72,12 @@ enum Verb {
     Plan(plan::Arguments),
     /// Restore a moment into an empty directory, and start PostgreSQL on it
     Restore(restore::Arguments),
+    /// Restored copies for people, each with an end
+    #[command(subcommand)]
+    Sandbox(sandbox::Verb),
+    /// Keep the evidence of an incident, and a log of what is done about it
+    #[command(subcommand)]
+    Incident(incident::Verb),
     /// Look for missing, cut or damaged objects and holes in the stored WAL
     Verify(verify::Arguments),
     /// Remove what has left the recovery window; a running daemon does so once a day
@@ -187,6 +196,8 @@ fn run_verb(context: &Context, verb: Verb) -> Result<(), Failure> {
         Verb::Restore(arguments) => block_on(restore::run(context, arguments)),
         Verb::Prune(arguments) => block_on(prune::run(context, arguments)),
         Verb::Pin(verb) => block_on(until_interrupted(pin::run(context, verb))),
+        Verb::Sandbox(verb) => block_on(sandbox::run(context, verb)),
+        Verb::Incident(verb) => block_on(incident::run(context, verb)),
         Verb::Verify(arguments) => block_on(verify::run(context, arguments)),
         Verb::Jobs(verb) => block_on(until_interrupted(jobs::run(context, verb))),
         Verb::Audit(arguments) => block_on(until_interrupted(audit::run(context, arguments))),

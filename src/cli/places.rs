@@ -23,6 +23,11 @@ pub struct PlacesArguments {
 }
 
 impl PlacesArguments {
+    /// Whether somebody said where.
+    pub fn is_chosen(&self) -> bool {
+        self.into.is_some()
+    }
+
     /// The absolute directory to restore into.
     pub fn directory(&self) -> Result<PathBuf, Failure> {
         let missing = || Failure::new(Code::Usage, "restore: --into names no directory");

@@ -71,7 +71,7 @@ pub fn show_end(context: &Context, report: JobReport) -> Result<(), Failure> {
 }
 
 /// A document with its words in `text`.
-fn print(context: &Context, mut document: Value) {
+pub fn print(context: &Context, mut document: Value) {
     let text = document.as_object_mut().and_then(|fields| fields.remove("text"));
     context.output.result(&document, |document| match text {
         Some(Value::String(text)) => text,

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::places::{PlacesArguments, absolute};
 use super::progress::Progress;
+use super::sandbox::{self, CreateArguments};
 use super::target::TargetArguments;
 use super::{Context, interrupted, remote};
 use crate::config::Environment;
@@ -49,6 +50,9 @@ pub struct Arguments {
     /// A superuser of the restored cluster, for the checks
     #[arg(long, value_name = "ROLE", default_value = "postgres")]
     user: String,
+    /// The ticket that it is for, when the daemon restores
+    #[arg(long, value_name = "TICKET")]
+    ticket: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -66,6 +70,9 @@ enum CheckArgument {
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    if !arguments.dry_run && !arguments.places.is_chosen() {
+        return into_sandbox(context, arguments).await;
+    }
     if let Some(client) = context.daemon_unless(|owner| is_own(owner, &arguments)) {
         return ask_daemon(context, &client, &arguments).await;
     }
@@ -107,6 +114,18 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
     }
 }
 
+/// Who names no directory wants to look, and gets a copy that the daemon looks after and removes in time. This is never done
+/// without a daemon: nobody would remove it.
+async fn into_sandbox(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    let plain = matches!(arguments.finish, FinishArgument::Promote) && !arguments.with_config && !arguments.no_start;
+    if !plain {
+        let failure = Failure::new(Code::Usage, "restore: --into names no directory");
+        return Err(failure.hint("Without --into a sandbox is made, which is always promoted and isolated."));
+    }
+    let Arguments { target, ticket, .. } = arguments;
+    sandbox::create(context, CreateArguments { target, ticket, writable: false, expires: None }).await
+}
+
 /// Whether this process restores by itself: as the daemon's user, and as root where nothing is started.
 fn is_own(owner: u32, arguments: &Arguments) -> bool {
     let own = rustix::process::geteuid();
@@ -145,7 +164,11 @@ async fn ask_daemon(context: &Context, client: &Client, arguments: &Arguments) -
         user: arguments.user.clone(),
     };
     let path = format!("/v1/environments/{environment}/restore");
-    let report = remote::run_job(context, client, &path, &remote::body(&asked)).await?;
+    let mut body = remote::body(&asked);
+    if let (Some(fields), Some(ticket)) = (body.as_object_mut(), &arguments.ticket) {
+        fields.insert("ticket".to_owned(), ticket.as_str().into());
+    }
+    let report = remote::run_job(context, client, &path, &body).await?;
     remote::show_end(context, report)
 }
 

@@ -1,6 +1,7 @@
 //! What the daemon does for a request that may be asked.
 
-use std::path::Path;
+mod cases;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ use crate::daemon::jobs::backup::BackupWork;
 use crate::daemon::jobs::restore::{RestoreAsked, RestoreWork};
 use crate::daemon::jobs::verify::VerifyWork;
 use crate::daemon::jobs::{Asker, JobId, JobKind, JobRecord, JobSpec, JobState, Via, Work};
+use crate::daemon::sandboxes::Passage;
+use crate::daemon::service::wal_get_words;
 use crate::daemon::service::{Service, Shown};
 use crate::error::{Code, Failure};
 
@@ -26,6 +29,8 @@ pub enum Answer {
     /// A job was begun, or is the one that the idempotency key stands for.
     Accepted(Value),
     Follow(watch::Receiver<JobRecord>),
+    /// The connection itself becomes one to a sandbox.
+    Passage(Box<Passage>),
 }
 
 /// Answers; `job` is the id of the job that the request begins.
@@ -57,22 +62,21 @@ pub async fn answer(permit: &Permit, service: &Service, job: Option<JobId>) -> R
             desk.find(job).map(|record| document(&JobReport::from(&record)))
         }
         R::Reload => service.reload().await.map(shown),
-        R::Prune { .. }
-        | R::PrunePlan { .. }
-        | R::Pins { .. }
-        | R::PinAdd { .. }
-        | R::PinRemove { .. }
-        | R::Sandboxes
+        R::Prune { .. } | R::PrunePlan { .. } | R::Pins { .. } | R::PinAdd { .. } | R::PinRemove { .. } => {
+            Err(not_available(permit))
+        }
+        R::Sandboxes
         | R::SandboxOpen { .. }
         | R::SandboxConnect { .. }
         | R::SandboxStop { .. }
+        | R::SandboxStart { .. }
         | R::SandboxDestroy { .. }
         | R::SandboxExtend { .. }
         | R::SandboxRelease { .. }
         | R::Incidents { .. }
         | R::IncidentOpen { .. }
         | R::Incident { .. }
-        | R::IncidentClose { .. } => Err(not_available(permit)),
+        | R::IncidentClose { .. } => desk.case().await?.ok_or_else(|| not_available(permit)),
     }
 }
 
@@ -145,19 +149,6 @@ impl Desk<'_> {
         let record = self.find(&id)?;
         Ok(Answer::Accepted(json!({ "job": id.as_str(), "state": record.state.as_str() })))
     }
-}
-
-/// The restore_command of a restored server: this very program with this very configuration.
-fn wal_get_words(config: &Path) -> Result<Vec<String>, Failure> {
-    let program = std::env::current_exe();
-    let program = program.map_err(|error| Failure::new(Code::Host, format!("find this program: {error}")))?;
-    let text = |path: &Path| {
-        let wrong = || Failure::new(Code::Host, format!("use {}: its name is not UTF-8", path.display()));
-        path.to_str().map(str::to_owned).ok_or_else(wrong)
-    };
-    let mut words = vec![text(&program)?, "--config".to_owned(), text(config)?];
-    words.extend(["wal-get", "%f", "%p"].map(str::to_owned));
-    Ok(words)
 }
 
 fn document<T: serde::Serialize>(value: &T) -> Answer {

@@ -6,14 +6,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
-use hyper::{Method, Request, Response};
+use hyper::upgrade::Upgraded;
+use hyper::{Method, Request, Response, StatusCode, header};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tokio::net::UnixStream;
 
 use super::protocol::{ErrorReply, JobReport, Status};
-use super::server::REPEAT_EVERY;
+use super::server::{POSTGRESQL, REPEAT_EVERY};
 use crate::error::{Code, Failure};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -90,23 +91,43 @@ impl Client {
         }
     }
 
+    /// A connection to PostgreSQL through the daemon.
+    pub async fn connect(&self, path: &str) -> Result<TokioIo<Upgraded>, ClientError> {
+        let request = Request::builder().method(Method::POST).uri(path).header("host", "pgrecall");
+        let request = request.header(header::CONNECTION, "upgrade").header(header::UPGRADE, POSTGRESQL);
+        let response = self.exchange(request.body(Full::default())).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(self.failed("it does not pass the connection on"));
+        }
+        let upgraded = tokio::time::timeout(REPLY_TIMEOUT, hyper::upgrade::on(response)).await;
+        let upgraded = upgraded.map_err(|_| self.failed("it does not pass the connection on"))?;
+        upgraded.map(TokioIo::new).map_err(|error| self.failed(error))
+    }
+
     async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Result<Response<Incoming>, ClientError> {
+        let content = body.map(ToString::to_string).unwrap_or_default();
+        let request = Request::builder().method(method).uri(path).header("host", "pgrecall");
+        self.exchange(request.body(Full::new(Bytes::from(content)))).await
+    }
+
+    async fn exchange(
+        &self,
+        request: Result<Request<Full<Bytes>>, hyper::http::Error>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let request = request.map_err(|error| self.failed(error))?;
         let stream = tokio::time::timeout(CONNECT_TIMEOUT, UnixStream::connect(&self.path)).await;
         let stream = stream.map_err(|_| self.failed("the daemon does not accept the connection"))?;
         let stream = stream.map_err(|error| self.no_daemon(&error))?;
-        let content = body.map(ToString::to_string).unwrap_or_default();
-        let request = Request::builder().method(method).uri(path).header("host", "pgrecall");
-        let request = request.body(Full::new(Bytes::from(content))).map_err(|error| self.failed(error))?;
         let exchange = async {
             let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
             // Ends when the response has been read or dropped.
-            tokio::spawn(connection);
+            tokio::spawn(connection.with_upgrades());
             sender.send_request(request).await
         };
         let response = tokio::time::timeout(REPLY_TIMEOUT, exchange).await;
         let response = response.map_err(|_| self.failed("the daemon does not answer"))?;
         let response = response.map_err(|error| self.failed(error))?;
-        if response.status().is_success() {
+        if response.status().is_success() || response.status() == StatusCode::SWITCHING_PROTOCOLS {
             return Ok(response);
         }
         let reply: ErrorReply = self.document(response).await?;

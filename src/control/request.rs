@@ -44,6 +44,7 @@ pub enum ControlRequest {
     SandboxOpen { environment: String, asked: Asked<Value> },
     SandboxConnect { job: JobId, superuser: bool },
     SandboxStop { job: JobId },
+    SandboxStart { job: JobId },
     SandboxDestroy { job: JobId },
     SandboxExtend { job: JobId, body: Value },
     SandboxRelease { job: JobId, body: Value },
@@ -106,6 +107,7 @@ impl ControlRequest {
             | R::SandboxOpen { .. }
             | R::SandboxConnect { superuser: false, .. }
             | R::SandboxStop { .. }
+            | R::SandboxStart { .. }
             | R::SandboxDestroy { .. }
             | R::SandboxExtend { .. }
             | R::IncidentOpen { .. }
@@ -146,6 +148,7 @@ impl ControlRequest {
             R::Job { job } | R::JobFollow { job } | R::JobCancel { job } => Subject::Job(job),
             R::SandboxConnect { job, .. }
             | R::SandboxStop { job }
+            | R::SandboxStart { job }
             | R::SandboxDestroy { job }
             | R::SandboxExtend { job, .. }
             | R::SandboxRelease { job, .. } => Subject::OwnJob(job),
@@ -225,6 +228,7 @@ impl ControlRequest {
             R::SandboxConnect { superuser: false, .. } => "sandbox-connect",
             R::SandboxConnect { superuser: true, .. } => "sandbox-connect-superuser",
             R::SandboxStop { .. } => "sandbox-stop",
+            R::SandboxStart { .. } => "sandbox-start",
             R::SandboxDestroy { .. } => "sandbox-destroy",
             R::SandboxExtend { .. } => "sandbox-extend",
             R::SandboxRelease { .. } => "sandbox-release",
@@ -337,10 +341,11 @@ fn parse_sandbox(input: &Input<'_>, job: JobId, verb: &str) -> Result<ControlReq
             input.post(R::SandboxConnect { job, superuser })
         }
         "stop" => input.post(R::SandboxStop { job }),
+        "start" => input.post(R::SandboxStart { job }),
         "destroy" => input.post(R::SandboxDestroy { job }),
         "extend" => input.post(R::SandboxExtend { job, body: input.object()? }),
         "release" => input.post(R::SandboxRelease { job, body: input.object()? }),
-        other => Err(no_such(other, &["connect", "stop", "destroy", "extend", "release"])),
+        other => Err(no_such(other, &["connect", "stop", "start", "destroy", "extend", "release"])),
     }
 }
 

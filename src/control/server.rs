@@ -21,6 +21,7 @@ use futures::stream;
 use http_body_util::{BodyExt as _, Full, Limited, StreamBody, combinators::BoxBody};
 use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
 use hyper::{Request, Response, StatusCode, header};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
@@ -38,6 +39,7 @@ use super::record;
 use super::request::{self, ControlRequest, ParseError};
 use crate::daemon::access::{Caller, Role};
 use crate::daemon::jobs::JobRecord;
+use crate::daemon::sandboxes::Passage;
 use crate::daemon::service::Service;
 use crate::error::{Code, Failure};
 
@@ -119,9 +121,9 @@ impl Server {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    let (service, places) = (Arc::clone(&service), places.clone());
+                    let (service, places, cancel) = (Arc::clone(&service), places.clone(), cancel.clone());
                     connections.spawn(async move {
-                        serve(stream, &service, &places).await;
+                        serve(stream, &service, &places, &cancel).await;
                         drop(place);
                     });
                 }
@@ -212,7 +214,7 @@ impl Drop for OtherPlace {
     }
 }
 
-async fn serve(stream: UnixStream, desk: &Arc<Desk>, places: &Places) {
+async fn serve(stream: UnixStream, desk: &Arc<Desk>, places: &Places, cancel: &CancellationToken) {
     let peer = match peer::peer(&stream) {
         Ok(peer) => peer,
         Err(error) => return warn!(error = %error, "control connection refused: the kernel does not say who it is"),
@@ -225,10 +227,11 @@ async fn serve(stream: UnixStream, desk: &Arc<Desk>, places: &Places) {
         return warn!(uid = peer.uid, "control connection refused: too many of them");
     }
     let caller = access.caller(peer).await;
-    let service = service_fn(move |request| {
-        let (desk, caller) = (Arc::clone(desk), caller.clone());
+    let passing: Passing = Arc::default();
+    let service = service_fn(|request| {
+        let (desk, caller, passing) = (Arc::clone(desk), caller.clone(), Arc::clone(&passing));
         async move {
-            let reply = desk.handle(request, caller).await;
+            let reply = desk.handle(request, caller, passing).await;
             Ok::<_, Infallible>(reply.unwrap_or_else(|(status, failure)| {
                 debug!(error = %failure, status = status.as_u16(), "control request failed");
                 json(status, &ErrorReply { error: failure })
@@ -240,25 +243,73 @@ async fn serve(stream: UnixStream, desk: &Arc<Desk>, places: &Places) {
     if let Err(error) = http.serve_connection(TokioIo::new(stream), service).with_upgrades().await {
         debug!(error = %error, "control connection ended early");
     }
+    let passage = passing.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some((upgrade, passage)) = passage {
+        // What stays open does not hold up the end of the daemon: the other side notices.
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => {}
+            () = pass(upgrade, passage) => {}
+        }
+    }
 }
 
+/// The connection is no longer HTTP.
+async fn pass(upgrade: OnUpgrade, passage: Passage) {
+    match upgrade.await {
+        Ok(upgraded) => passage.serve(TokioIo::new(upgraded)).await,
+        Err(error) => debug!(error = %error, "control connection does not become one to a sandbox"),
+    }
+}
+
+/// What becomes of the connection when its only request has been answered.
+type Passing = Arc<Mutex<Option<(OnUpgrade, Passage)>>>;
+
 type Refused = (StatusCode, Failure);
+
+/// What came of a request.
+enum Done {
+    Reply(Box<Reply>),
+    Passage(Box<Passage>),
+}
+
+impl Done {
+    fn reply(reply: Reply) -> Done {
+        Done::Reply(Box::new(reply))
+    }
+}
 
 impl Desk {
     /// Reads a request and does what it asks for. Once it was read it is done to its end, even if the client goes away: nothing
     /// is put on record and then left undone.
-    async fn handle(self: Arc<Self>, request: Request<Incoming>, caller: Caller) -> Result<Reply, Refused> {
+    async fn handle(
+        self: Arc<Self>,
+        mut request: Request<Incoming>,
+        caller: Caller,
+        passing: Passing,
+    ) -> Result<Reply, Refused> {
+        let upgrade = hyper::upgrade::on(&mut request);
         let (head, body) = request.into_parts();
         let body = read(body).await?;
         let request = request::parse(&head.method, head.uri.path(), head.uri.query(), &body).map_err(parse_refused)?;
+        if matches!(request, ControlRequest::SandboxConnect { .. }) {
+            check_upgrade(&head.headers)?;
+        }
         let done = tokio::spawn(async move { self.act(request, caller).await }.instrument(Span::current()));
-        done.await.unwrap_or_else(|error| {
+        let done = done.await.unwrap_or_else(|error| {
             let failure = Failure::new(Code::Internal, format!("answer the request: {error}"));
             Err((StatusCode::INTERNAL_SERVER_ERROR, failure))
-        })
+        });
+        match done? {
+            Done::Reply(reply) => Ok(*reply),
+            Done::Passage(passage) => {
+                *passing.lock().unwrap_or_else(PoisonError::into_inner) = Some((upgrade, *passage));
+                Ok(switching())
+            }
+        }
     }
 
-    async fn act(&self, request: ControlRequest, caller: Caller) -> Result<Reply, Refused> {
+    async fn act(&self, request: ControlRequest, caller: Caller) -> Result<Done, Refused> {
         let name = request.name();
         let permit = match Permit::check(request, caller.clone(), &self.service.jobs) {
             Ok(permit) => permit,
@@ -279,9 +330,10 @@ impl Desk {
             record::read(&self.service, &permit, &act);
         }
         match answer(&permit, &self.service, job).await {
-            Ok(Answer::Document(document)) => Ok(json(StatusCode::OK, &document)),
-            Ok(Answer::Accepted(document)) => Ok(json(StatusCode::ACCEPTED, &document)),
-            Ok(Answer::Follow(job)) => Ok(events(job)),
+            Ok(Answer::Document(document)) => Ok(Done::reply(json(StatusCode::OK, &document))),
+            Ok(Answer::Accepted(document)) => Ok(Done::reply(json(StatusCode::ACCEPTED, &document))),
+            Ok(Answer::Follow(job)) => Ok(Done::reply(events(job))),
+            Ok(Answer::Passage(passage)) => Ok(Done::Passage(passage)),
             Err(failure) => {
                 if is_act {
                     record::failed(&self.service, &permit, act, &failure).await;
@@ -314,6 +366,26 @@ async fn read(body: Incoming) -> Result<Bytes, Refused> {
         }
         Err(_) => Err((StatusCode::REQUEST_TIMEOUT, Failure::new(Code::Usage, "read the request in time"))),
     }
+}
+
+/// The protocol that a connection to a sandbox becomes.
+pub const POSTGRESQL: &str = "postgresql";
+
+fn check_upgrade(headers: &header::HeaderMap) -> Result<(), Refused> {
+    if headers.get(header::UPGRADE).is_some_and(|wanted| wanted == POSTGRESQL) {
+        return Ok(());
+    }
+    let failure =
+        Failure::new(Code::Usage, format!("connect to a sandbox: the request has no `Upgrade: {POSTGRESQL}`"));
+    Err((StatusCode::UPGRADE_REQUIRED, failure.hint("`pgrecall sandbox connect` opens psql.")))
+}
+
+fn switching() -> Reply {
+    let mut reply = Response::new(Full::new(Bytes::new()).boxed());
+    *reply.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    reply.headers_mut().insert(header::CONNECTION, header::HeaderValue::from_static("upgrade"));
+    reply.headers_mut().insert(header::UPGRADE, header::HeaderValue::from_static(POSTGRESQL));
+    reply
 }
 
 fn parse_refused(error: ParseError) -> Refused {

@@ -19,6 +19,7 @@ use crate::daemon::audit::AuditLog;
 use crate::daemon::handle::Request;
 use crate::daemon::jobs::Jobs;
 use crate::daemon::repositories::Repositories;
+use crate::daemon::sandboxes::Sandboxes;
 use crate::daemon::service::Service as Ways;
 use crate::daemon::snapshot::BackupProgress;
 use crate::daemon::supervisor::{Body, BodyContext, Pauses};
@@ -72,6 +73,7 @@ impl Service {
             access: AccessRules::new(&config, owner_uid),
             audit: AuditLog::new(repositories.clone(), cancel.clone()),
             repositories: repositories.clone(),
+            sandboxes: Sandboxes::new(&config.sandbox),
             config_path: "/etc/pgrecall/config.toml".into(),
         };
         let server = Server::bind(&dir.path().join("s")).expect("bind");

@@ -9,6 +9,7 @@ mod backups;
 pub mod environment;
 pub mod guardian;
 pub mod handle;
+pub mod incidents;
 pub mod jobs;
 mod pruning;
 pub mod pulse;

@@ -15,6 +15,7 @@ use super::access::AccessRules;
 use super::environment::EnvironmentBody;
 use super::jobs::{self, Jobs};
 use super::repositories::Repositories;
+use super::sandboxes::Sandboxes;
 use super::supervisor::Pauses;
 use super::{Daemon, Planned, slots};
 use crate::config::{Access, Config, Environment};
@@ -49,6 +50,7 @@ pub struct Service {
     pub repositories: Repositories,
     pub access: AccessRules,
     pub backup_throttle: Option<Arc<Throttle>>,
+    pub sandboxes: Sandboxes,
 }
 
 impl Service {
@@ -60,8 +62,9 @@ impl Service {
         let backup_throttle = config.limits.backup_throttle();
         let planned = plan(&config, &jobs, backup_throttle.as_ref());
         let daemon = Daemon::start(planned, Pauses::default(), cancel.clone());
+        let sandboxes = Sandboxes::new(&config.sandbox);
         let access = AccessRules::new(&config, rustix::process::geteuid().as_raw());
-        Service { config, daemon, jobs, repositories, access, backup_throttle }
+        Service { config, daemon, jobs, repositories, access, backup_throttle, sandboxes }
     }
 
     /// Reads the configuration again and applies it.
@@ -75,6 +78,7 @@ impl Service {
         }
         self.access.replace(&config);
         self.repositories.replace(&config);
+        self.sandboxes.replace(&config.sandbox);
         let changes = self.daemon.apply(plan(&config, &self.jobs, self.backup_throttle.as_ref()));
         for name in config.environments.keys().filter(|name| !self.config.environments.contains_key(*name)) {
             self.jobs.look_for_earlier(name.to_string());

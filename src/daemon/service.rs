@@ -10,10 +10,12 @@ use super::audit::AuditLog;
 use super::handle::Handle;
 use super::jobs::Jobs;
 use super::repositories::Repositories;
+use super::sandboxes::Sandboxes;
 use crate::error::Code;
 use crate::error::Failure;
 use crate::operations::planned::Here;
 pub use crate::operations::planned::TargetAsked;
+pub use crate::operations::restore::wal_get_words;
 use crate::operations::state;
 use crate::repository::audit;
 
@@ -25,6 +27,7 @@ pub struct Service {
     pub access: AccessRules,
     pub audit: AuditLog,
     pub repositories: Repositories,
+    pub sandboxes: Sandboxes,
     /// The configuration that the daemon reads; restored servers that fetch WAL read it, too.
     pub config_path: PathBuf,
 }

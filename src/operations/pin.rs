@@ -2,10 +2,8 @@
 
 use std::time::Duration;
 
-use async_trait::async_trait;
 use serde::Serialize;
 
-use super::incident::Keeper;
 use super::locate;
 use crate::error::{Code, Failure};
 use crate::lineage::Target;
@@ -15,6 +13,9 @@ use crate::repository::layout::{PinName, Ticket};
 use crate::repository::pin::{self, ListedPin, Pin, PinError};
 use crate::repository::{Repository, RepositoryError};
 use crate::util::clock;
+
+/// How long what is there when an incident is opened is kept; the pin can be removed, and another one made.
+const INCIDENT_KEPT: Duration = Duration::from_hours(30 * 24);
 
 /// What is to be kept.
 #[derive(Debug, Clone)]
@@ -106,24 +107,23 @@ pub async fn remove(repository: &Repository, name: &str) -> Result<PinReport, Fa
     Ok(report(found))
 }
 
-/// Pins the present for an incident, until a while after.
-pub struct IncidentPins<'a> {
-    pub repository: &'a Repository,
-    pub environment: &'a str,
-    pub keep: Duration,
-}
-
-#[async_trait]
-impl Keeper for IncidentPins<'_> {
-    async fn keep_now(&self, ticket: &Ticket, by: &str) -> Result<String, Failure> {
-        let now = clock::now();
-        let until = Timestamp::from(now + self.keep);
-        let name = format!("incident {ticket} at {}", Timestamp::from(now));
-        let moment = Request { target: Target::Latest, exclusive: false, timeline: None };
-        let request = PinRequest { name, moment, until, owner: by.to_owned() };
-        let pinned = add(self.repository, self.environment, &request).await?;
-        Ok(format!("backup {} and the WAL from its start on are pinned until {until}", pinned.backup))
-    }
+/// Pins the present for an incident, for [`INCIDENT_KEPT`]; says so in a sentence.
+///
+/// # Errors
+/// As [`add`].
+pub async fn keep_present(
+    repository: &Repository,
+    environment: &str,
+    ticket: &Ticket,
+    by: &str,
+) -> Result<String, Failure> {
+    let now = clock::now();
+    let until = Timestamp::from(now + INCIDENT_KEPT);
+    let name = format!("incident {ticket} at {}", Timestamp::from(now));
+    let moment = Request { target: Target::Latest, exclusive: false, timeline: None };
+    let request = PinRequest { name, moment, until, owner: by.to_owned() };
+    let pinned = add(repository, environment, &request).await?;
+    Ok(format!("backup {} and the WAL from its start on are pinned until {until}", pinned.backup))
 }
 
 fn report(listed: &ListedPin) -> PinReport {

@@ -12,7 +12,7 @@ use crate::daemon::jobs::{Asker, JobContext, JobSpec, Via, Work};
 use crate::daemon::repositories::Repositories;
 
 /// What each request needs, as `docs/control-socket.md` says: written down here once more, so that a slip in the code shows.
-const NEEDS: [(&str, Role); 29] = [
+const NEEDS: [(&str, Role); 30] = [
     ("status", Role::Viewer),
     ("backups", Role::Viewer),
     ("plan", Role::Viewer),
@@ -34,6 +34,7 @@ const NEEDS: [(&str, Role); 29] = [
     ("sandbox-connect", Role::Operator),
     ("sandbox-connect-superuser", Role::Admin),
     ("sandbox-stop", Role::Operator),
+    ("sandbox-start", Role::Operator),
     ("sandbox-destroy", Role::Operator),
     ("sandbox-extend", Role::Operator),
     ("sandbox-release", Role::Admin),
@@ -106,6 +107,7 @@ fn about(request: ControlRequest, id: &JobId) -> ControlRequest {
         R::JobCancel { .. } => R::JobCancel { job },
         R::SandboxConnect { superuser, .. } => R::SandboxConnect { job, superuser },
         R::SandboxStop { .. } => R::SandboxStop { job },
+        R::SandboxStart { .. } => R::SandboxStart { job },
         R::SandboxDestroy { .. } => R::SandboxDestroy { job },
         R::SandboxExtend { body, .. } => R::SandboxExtend { job, body },
         R::SandboxRelease { body, .. } => R::SandboxRelease { job, body },

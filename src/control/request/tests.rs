@@ -41,6 +41,7 @@ pub fn every() -> Vec<(&'static str, ControlRequest)> {
         ("sandbox-connect", "POST", of_job("sandboxes", "/connect"), ""),
         ("sandbox-connect-superuser", "POST", of_job("sandboxes", "/connect?superuser=true"), ""),
         ("sandbox-stop", "POST", of_job("sandboxes", "/stop"), ""),
+        ("sandbox-start", "POST", of_job("sandboxes", "/start"), ""),
         ("sandbox-destroy", "POST", of_job("sandboxes", "/destroy"), ""),
         ("sandbox-extend", "POST", of_job("sandboxes", "/extend"), r#"{"by":"1h"}"#),
         ("sandbox-release", "POST", of_job("sandboxes", "/release"), ""),

@@ -10,10 +10,12 @@
 
 pub mod backup;
 pub mod context;
+pub mod incident;
 mod load;
 pub mod record;
 pub mod restore;
 mod run;
+pub mod sandbox;
 #[cfg(test)]
 mod tests;
 pub mod verify;

@@ -1,7 +1,7 @@
 //! Incidents: the evidence is kept, and everything that is done about it is written down.
 //!
-//! Opening one writes down who opened it and why, keeps the present beyond the recovery window, writes a named restore point
-//! and waits until its WAL is stored. What does not work there is an entry, too, and no reason not to open it. Later commands
+//! Opening one writes down who opened it and why, pins the present, writes a named restore point and waits until its WAL is
+//! stored. What does not work there is an entry, too, and no reason not to open it. Later commands
 //! that name its ticket add entries ([`note`]); [`report`] makes of them what a customer or an auditor is given.
 
 pub mod report;
@@ -11,6 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
+use super::pin;
 use crate::error::{Code, Failure};
 use crate::pg::Lsn;
 use crate::replication::sql::RESTORE_POINT_NAME_BYTES_MAX;
@@ -29,13 +30,6 @@ pub trait Tail: Send + Sync {
     async fn stored(&self, lsn: Lsn) -> Result<(), Failure>;
 }
 
-/// Whoever keeps backups beyond the window.
-#[async_trait]
-pub trait Keeper: Send + Sync {
-    /// Keeps what is needed to restore the present, and says in a sentence what it keeps and until when.
-    async fn keep_now(&self, ticket: &Ticket, by: &str) -> Result<String, Failure>;
-}
-
 /// Where an incident happens.
 pub struct Scene<'a> {
     pub environment: &'a str,
@@ -43,7 +37,6 @@ pub struct Scene<'a> {
     /// `None`: the server is not known here.
     pub connect: Option<&'a ConnectConfig>,
     pub tail: &'a dyn Tail,
-    pub keeper: &'a dyn Keeper,
 }
 
 /// Who says something.
@@ -64,7 +57,7 @@ pub async fn open(scene: &Scene<'_>, ticket: &Ticket, by: By<'_>, reason: Option
     let why = reason.map_or_else(String::new, |reason| format!(": {reason}"));
     let opened = entry(by, What::Opened, format!("incident {ticket} of {} opened{why}", scene.environment));
     log.append(scene.repository, Entry { document: json!({ "reason": reason }), ..opened }).await?;
-    let kept = match scene.keeper.keep_now(ticket, by.0).await {
+    let kept = match pin::keep_present(scene.repository, scene.environment, ticket, by.0).await {
         Ok(text) => entry(by, What::Pinned, text),
         Err(failure) => remark(by, "the present is not kept beyond the recovery window", &failure),
     };

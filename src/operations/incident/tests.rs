@@ -14,13 +14,6 @@ impl Tail for Everything {
     }
 }
 
-#[async_trait]
-impl Keeper for Everything {
-    async fn keep_now(&self, ticket: &Ticket, by: &str) -> Result<String, Failure> {
-        Ok(format!("kept for {ticket} by {by}"))
-    }
-}
-
 fn ticket(text: &str) -> Ticket {
     text.parse().expect("a ticket")
 }
@@ -29,7 +22,7 @@ fn ticket(text: &str) -> Ticket {
 async fn an_incident_is_opened_whatever_does_not_work_and_commands_add_to_it() {
     let world = World::new(None).await;
     let repository = &world.repository;
-    let scene = Scene { environment: "shop", repository, connect: None, tail: &Everything, keeper: &Everything };
+    let scene = Scene { environment: "shop", repository, connect: None, tail: &Everything };
     let ops = ticket("OPS-1");
     let nothing = entry(By("ann"), What::Command, "too early".to_owned());
     assert!(!note(repository, "OPS-1", nothing.clone()).await.expect("nothing to note it in"));
@@ -38,7 +31,7 @@ async fn an_incident_is_opened_whatever_does_not_work_and_commands_add_to_it() {
 
     let log = open(&scene, &ops, By("ann"), Some("orders | are gone")).await.expect("opened");
     let kinds: Vec<What> = log.entries.iter().map(|entry| entry.what).collect();
-    assert_eq!(kinds, [What::Opened, What::Pinned, What::Remark]);
+    assert_eq!(kinds, [What::Opened, What::Remark, What::Remark]);
     assert!(log.entries[2].text.contains("no restore point was written"), "{:?}", log.entries[2]);
     assert_eq!(open(&scene, &ops, By("bob"), None).await.expect_err("it is open").code, Code::Conflict);
     assert!(note(repository, "OPS-1", nothing).await.expect("noted"));

@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 pub use create::{CreateRequest, Created, Source};
 pub use keep::Event;
@@ -99,7 +99,7 @@ pub struct Claim {
 }
 
 /// A sandbox, as it stands.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Found {
     #[serde(flatten)]
     pub record: Record,

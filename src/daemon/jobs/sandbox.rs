@@ -1,0 +1,166 @@
+//! A sandbox as a job: planned, restored, promoted, and its role made.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::context::apart;
+use super::restore::JobObserver;
+use super::{JobContext, Work};
+use crate::config::Environment;
+use crate::daemon::service::Shown;
+use crate::error::{Code, Failure};
+use crate::operations::incident::{self, By, Entry, What};
+use crate::operations::planned::{Here, Planned, TargetAsked};
+use crate::operations::sandbox::{Area, Asked, CreateRequest, Created, Source};
+use crate::util::units::parse_duration;
+
+/// A sandbox as it is asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SandboxAsked {
+    #[serde(default = "latest")]
+    pub to: String,
+    #[serde(default)]
+    pub exclusive: bool,
+    #[serde(default)]
+    pub timeline: Option<u32>,
+    #[serde(default)]
+    pub incarnation: Option<u32>,
+    /// The role may write.
+    #[serde(default)]
+    pub writable: bool,
+    /// Such as `8h`; else as the configuration says.
+    #[serde(default)]
+    pub expires: Option<String>,
+}
+
+fn latest() -> String {
+    "latest".to_owned()
+}
+
+impl SandboxAsked {
+    /// What can be said without looking into the repository.
+    ///
+    /// # Errors
+    /// When the target or the duration is none.
+    pub fn check(&self) -> Result<(), Failure> {
+        self.target().target()?;
+        life(self.expires.as_deref()).map(|_| ())
+    }
+
+    fn target(&self) -> TargetAsked {
+        let SandboxAsked { to, exclusive, timeline, incarnation, .. } = self.clone();
+        TargetAsked { to, exclusive, timeline, incarnation }
+    }
+}
+
+/// Reads how long a sandbox is to live.
+///
+/// # Errors
+/// When that is no duration.
+pub fn life(text: Option<&str>) -> Result<Option<Duration>, Failure> {
+    let wrong =
+        |error: String| Failure::new(Code::Usage, format!("understand how long the sandbox is to live: {error}"));
+    text.map(parse_duration).transpose().map_err(wrong)
+}
+
+/// Makes a sandbox.
+pub struct SandboxWork {
+    pub environment: Environment,
+    pub area: Area,
+    pub asked: SandboxAsked,
+    /// The words of the command that serves WAL to the restored server.
+    pub wal_get: Vec<String>,
+}
+
+#[async_trait]
+impl Work for SandboxWork {
+    async fn run(&self, job: &JobContext) -> Result<Value, Failure> {
+        let (environment, area, asked) = (self.environment.clone(), self.area.clone(), self.asked.clone());
+        let (wal_get, job) = (self.wal_get.clone(), job.clone());
+        apart(move || async move { SandboxWork { environment, area, asked, wal_get }.make(&job).await }).await
+    }
+}
+
+impl SandboxWork {
+    async fn make(&self, job: &JobContext) -> Result<Value, Failure> {
+        job.progress("planning", 0, None);
+        let dirs = &self.environment.restore.postgres_bin_dirs;
+        let name = self.environment.name.as_str();
+        let here = Here { environment: name, zone: self.environment.time_zone, postgres_bin_dirs: dirs };
+        let target = self.asked.target();
+        let planned = tokio::select! {
+            biased;
+            () = job.cancel.cancelled() => return Err(Failure::new(Code::Cancelled, "plan the sandbox: it was cancelled")),
+            planned = target.plan(here, &job.repository) => planned?,
+        };
+        job.log(&format!("target: {}", planned.target_shown));
+        job.log(&format!("from backup {}", planned.plan.backup.id));
+        let request = CreateRequest {
+            id: job.id.clone(),
+            asked_by: Asked { uid: job.spec.asked_by.uid, user: job.spec.asked_by.user.clone() },
+            ticket: job.spec.ticket.clone(),
+            target: planned.target.clone(),
+            writable: self.asked.writable,
+            expires_in: life(self.asked.expires.as_deref())?,
+            wal_get: self.wal_get.clone(),
+            postgres_bin_dirs: dirs.clone(),
+        };
+        let last_included = planned.last_included.as_ref().map(|transaction| transaction.shown.clone());
+        let Planned { target_shown, plan, .. } = planned;
+        let source = Source { repository: &job.repository, plan };
+        let mut watcher = JobObserver::new(job.clone());
+        let created = self.area.create(source, &request, &mut watcher, job.cancel.clone()).await?;
+        self.note(job, &created, &target_shown, last_included).await;
+        Ok(Shown::new(&created, show(&created)).into_result())
+    }
+
+    /// Adds it to the incident of its ticket.
+    async fn note(&self, job: &JobContext, created: &Created, target_shown: &str, last_included: Option<String>) {
+        let Some(ticket) = &job.spec.ticket else { return };
+        let (sandbox, restore) = (&created.sandbox, &created.restore);
+        let document = json!({
+            "sandbox": sandbox.id,
+            "target": target_shown,
+            "last_transaction": last_included,
+            "backup": restore.backup,
+            "timeline": restore.timeline.to_string(),
+            "stopped": format!("{} {}", if restore.inclusive { "after" } else { "before" }, restore.target_lsn),
+            "checked": format!(
+                "replay stopped where it was planned, at {}; a session in every database",
+                restore.reached_lsn.unwrap_or(restore.target_lsn)
+            ),
+            "databases": restore.databases,
+            "remarks": sandbox.remarks,
+        });
+        let text = format!("sandbox {} restored to {target_shown}", sandbox.id);
+        let entry = incident::entry(By(&job.spec.asked_by.user), What::Restored, text);
+        match incident::note(&job.repository, ticket, Entry { document, ..entry }).await {
+            Ok(true) => job.log(&format!("noted in incident {ticket}")),
+            Ok(false) => {}
+            Err(failure) => job.log(&format!("not noted in incident {ticket}: failed to {failure}")),
+        }
+    }
+}
+
+fn show(created: &Created) -> String {
+    use std::fmt::Write as _;
+    let sandbox = &created.sandbox;
+    let side = if sandbox.inclusive { "after" } else { "before" };
+    let mut text = format!(
+        "sandbox {} of {}: {side} {} on timeline {}, from backup {}",
+        sandbox.id, sandbox.environment, sandbox.target_lsn, sandbox.timeline, sandbox.backup
+    );
+    let how = if sandbox.writable { "reads and writes" } else { "reads" };
+    let _ = write!(text, "\nconnect with: pgrecall sandbox connect {} (as {}, which {how})", sandbox.id, sandbox.role);
+    if let Some(end) = sandbox.expires_at {
+        let _ = write!(text, "\nends {end}");
+    }
+    for remark in &sandbox.remarks {
+        let _ = write!(text, "\nnote: {remark}");
+    }
+    text
+}
