@@ -16,6 +16,7 @@ use super::{Context, interrupted, until_interrupted};
 use crate::config::Environment;
 use crate::control::client::{Client, ClientError};
 use crate::control::protocol::{EnvironmentStatus, Status};
+use crate::daemon::repositories::not_found;
 use crate::error::{Code, Failure};
 
 /// Stores that are read at the same time.
@@ -95,7 +96,32 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
     }
 }
 
+/// What the daemon of another user shows: it reads the store, and leaves out what this one may not see.
+async fn as_another(context: &Context, client: &Client, arguments: &Arguments) -> Result<(), Failure> {
+    let answer = client.status().await;
+    let daemon = daemon_report(&answer);
+    let mut seen = answer?.environments;
+    if let Some(name) = &arguments.environment {
+        let known: Vec<String> = seen.iter().map(|status| status.name.clone()).collect();
+        seen.retain(|status| status.name == *name);
+        if seen.is_empty() {
+            return Err(not_found(name, known.iter().map(String::as_str)));
+        }
+    }
+    let mut environments: Vec<EnvironmentReport> = seen.into_iter().map(EnvironmentReport::of_daemon).collect();
+    environments.sort_by(|a, b| a.urgency().cmp(&b.urgency()));
+    let report = Report { daemon, environments };
+    context.output.result(&report, |report| match report.environments.len() > 1 {
+        true => show::overview(report),
+        false => show::details(report, None),
+    });
+    report.verdict()
+}
+
 async fn run_once(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+    if let Some(client) = context.daemon_of_another() {
+        return as_another(context, &client, arguments).await;
+    }
     let config = context.load_config()?;
     let wanted: Vec<&Environment> = match &arguments.environment {
         Some(name) => vec![config.environment(name)?],
@@ -124,7 +150,7 @@ async fn run_once(context: &Context, arguments: &Arguments) -> Result<(), Failur
     let is_overview = arguments.environment.is_none() && report.environments.len() > 1;
     context.output.result(&report, |report| match is_overview {
         true => show::overview(report),
-        false => show::details(report, &config),
+        false => show::details(report, Some(&config)),
     });
     report.verdict()
 }
@@ -145,20 +171,29 @@ fn daemon_report(answer: &Result<Status, ClientError>) -> DaemonReport {
 }
 
 impl EnvironmentReport {
+    fn of_daemon(status: EnvironmentStatus) -> Self {
+        EnvironmentReport {
+            name: status.name.clone(),
+            state: State::of(&status.state),
+            detail: status.detail.clone(),
+            store: status.store.clone(),
+            error: status.store_failure.clone(),
+            // Once is enough in a document.
+            daemon: Some(EnvironmentStatus { store: None, ..status }),
+        }
+    }
+
     fn new(environment: &Environment, status: Option<EnvironmentStatus>, daemon: &DaemonReport) -> Self {
         let unwatched = |why: &str| (State::Unprotected, Some(why.to_owned()));
-        let (state, detail) = match &status {
-            Some(status) => (State::of(&status.state), status.detail.clone()),
+        let (state, detail) = match status {
+            Some(status) => return EnvironmentReport::of_daemon(status),
             None if environment.postgres.is_none() => (State::NotArchived, None),
             None if daemon.error.is_some() => unwatched("the daemon cannot be asked"),
             None if daemon.running => unwatched("the running daemon does not know it: `pgrecall reload`"),
             None => unwatched("no daemon is running"),
         };
-        let store = status.as_ref().and_then(|status| status.store.clone());
-        let error = status.as_ref().and_then(|status| status.store_failure.clone());
-        // Once is enough in a document.
-        let daemon = status.map(|status| EnvironmentStatus { store: None, ..status });
-        EnvironmentReport { name: environment.name.to_string(), state, detail, daemon, store, error }
+        let name = environment.name.to_string();
+        EnvironmentReport { name, state, detail, daemon: None, store: None, error: None }
     }
 
     async fn read_store(self, environment: &Environment) -> Self {

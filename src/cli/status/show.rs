@@ -112,10 +112,11 @@ fn daemon_line(report: &Report) -> String {
 }
 
 /// Everything that is known.
-pub fn details(report: &Report, config: &Config) -> String {
+pub fn details(report: &Report, config: Option<&Config>) -> String {
     let mut text = daemon_line(report);
     for report in &report.environments {
-        let zone = config.environment(&report.name).map(|environment| environment.time_zone).unwrap_or_default();
+        let known = config.and_then(|config| config.environment(&report.name).ok());
+        let zone = known.map(|environment| environment.time_zone).unwrap_or_default();
         let _ = writeln!(text, "\n{}: {}", report.name, report.state.as_str());
         if let Some(detail) = &report.detail {
             let _ = writeln!(text, "  detail        {detail}");
