@@ -11,6 +11,7 @@ use object_store::{ClientOptions, ObjectStore, RetryConfig};
 
 use super::store::StoreError;
 use super::tls::Connector;
+use crate::util::durable_fs;
 use crate::util::secret::Secret;
 
 /// The root under which each environment has a folder.
@@ -78,7 +79,7 @@ impl std::fmt::Display for Location {
 
 fn open_directory(directory: &std::path::Path) -> Result<(Arc<dyn ObjectStore>, Path), StoreError> {
     let wrong = |e: String| StoreError::Settings(format!("open the repository directory {}: {e}", directory.display()));
-    std::fs::create_dir_all(directory).map_err(|e| wrong(e.to_string()))?;
+    durable_fs::create_directories(directory, 0o777).map_err(|e| wrong(e.to_string()))?;
     let store = LocalFileSystem::new_with_prefix(directory).map_err(|e| wrong(e.to_string()))?;
     Ok((Arc::new(store.with_fsync(true)), Path::default()))
 }

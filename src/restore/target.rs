@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -372,8 +372,7 @@ fn is_empty(directory: &Path) -> Result<bool, TargetError> {
 }
 
 fn make_directory(path: &Path, mode: u32) -> Result<(), TargetError> {
-    let made = fs::DirBuilder::new().recursive(true).mode(mode).create(path);
-    made.map_err(io_error("make", path))
+    durable_fs::create_directories(path, mode).map_err(io_error("make", path))
 }
 
 fn set_mode(path: &Path, mode: u32) -> Result<(), TargetError> {

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 /// Writes `bytes` to `path` durably, replacing what was there; `mode` is the permission of a new file.
@@ -48,6 +48,13 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 #[allow(clippy::disallowed_methods, reason = "the caller syncs the whole file system once, when all files are there")]
 pub fn rename_unsynced(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)
+}
+
+/// Makes a directory and those above it that are missing, each with `mode`, and their names durable.
+pub fn create_directories(path: &Path, mode: u32) -> io::Result<()> {
+    let missing = path.ancestors().take_while(|p| !p.as_os_str().is_empty() && !p.exists()).count();
+    fs::DirBuilder::new().recursive(true).mode(mode).create(path)?;
+    path.ancestors().take(missing).try_for_each(|made| sync_directory(parent(made)))
 }
 
 /// Makes the entries of a directory durable.
