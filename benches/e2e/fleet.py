@@ -17,6 +17,7 @@ import shutil
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -198,6 +199,8 @@ def main():
     parser.add_argument("--pgbin", type=pathlib.Path, default=pathlib.Path("/var/cache/pgrecall/postgresql/18/bin"))
     parser.add_argument("--keep", action="store_true")
     options = parser.parse_args()
+    # Whoever ends this ends the servers, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     folder = pathlib.Path(tempfile.mkdtemp(prefix="pgrecall-fleet-"))
     shutil.chown(folder, *(["postgres", "postgres"] if AS_USER else [os.getuid(), os.getgid()]))
     each = options.environments // options.clusters
