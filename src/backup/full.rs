@@ -194,6 +194,7 @@ impl FullBackup {
         with.progress.send_modify(|p| p.phase = Phase::Checkpoint);
         let start = with.source.begin().await?;
         check_start(&intent, &start, with.wal).await?;
+        self.check_kept(position.from_standby, &start).await?;
         tracing::debug!(backup = %id, timeline = %start.timeline, lsn = %start.start_lsn, "backup started");
         with.progress.send_modify(|p| {
             p.phase = Phase::Copying;
@@ -235,6 +236,21 @@ impl FullBackup {
         catalogue::write_intent(&self.repository, self.incarnation, &intent).await?;
         self.check_marks(id, &[BackupMark::Intent]).await?;
         Ok((intent, position))
+    }
+
+    /// A standby's backup starts at a restartpoint that its intent could not name. WAL stays from the oldest start of the other
+    /// backups on: from there on, and only there, a prune that has not seen the intent removes nothing.
+    async fn check_kept(&self, from_standby: bool, start: &SourceStart) -> Result<(), BackupError> {
+        if !from_standby {
+            return Ok(());
+        }
+        let (timeline, start_lsn) = (start.timeline, start.start_lsn);
+        let backups = catalogue::list_backups(&self.repository, self.incarnation).await?;
+        let own: Vec<Lsn> = backups.iter().filter(|b| b.timeline == timeline).map(|b| b.start_lsn).collect();
+        match own.is_empty() || own.iter().any(|other| *other <= start_lsn) {
+            true => Ok(()),
+            false => Err(BackupError::StartNotStored { timeline, start_lsn }),
+        }
     }
 
     async fn wait_for_wal(&self, start: &SourceStart, packed: &Packed, wal: &dyn StoredWal) -> Result<(), BackupError> {

@@ -497,7 +497,7 @@ async fn check_reasons(model: &Model) {
     assert!(odd.0.is_empty(), "{:?}", odd.0);
 }
 
-fn on_one_thread<T>(work: impl Future<Output = T>) -> T {
+pub fn on_one_thread<T>(work: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(work)
 }
