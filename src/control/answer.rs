@@ -62,9 +62,12 @@ pub async fn answer(permit: &Permit, service: &Service, job: Option<JobId>) -> R
             desk.find(job).map(|record| document(&JobReport::from(&record)))
         }
         R::Reload => service.reload().await.map(shown),
-        R::Prune { .. } | R::PrunePlan { .. } | R::Pins { .. } | R::PinAdd { .. } | R::PinRemove { .. } => {
-            Err(not_available(permit))
+        R::Pins { environment } => service.pins(environment).await.map(Answer::Document),
+        R::PinAdd { environment, body } => {
+            service.add_pin(environment, body, &permit.caller().user).await.map(Answer::Document)
         }
+        R::PinRemove { environment, pin } => service.remove_pin(environment, pin).await.map(Answer::Document),
+        R::Prune { .. } | R::PrunePlan { .. } => Err(not_available(permit)),
         R::Sandboxes
         | R::SandboxOpen { .. }
         | R::SandboxConnect { .. }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::access::AccessRules;
@@ -13,10 +13,15 @@ use super::repositories::Repositories;
 use super::sandboxes::Sandboxes;
 use crate::error::Code;
 use crate::error::Failure;
+use crate::lineage::Target;
+use crate::lineage::moment::Request;
+use crate::lineage::moment::target::{ParseTargetError, parse_time};
+use crate::operations::pin::{self, PinRequest};
 use crate::operations::planned::Here;
 pub use crate::operations::planned::TargetAsked;
 pub use crate::operations::restore::wal_get_words;
 use crate::operations::state;
+use crate::pg::TimelineId;
 use crate::repository::audit;
 
 /// A cheap copy of the ways into the daemon.
@@ -30,6 +35,18 @@ pub struct Service {
     pub sandboxes: Sandboxes,
     /// The configuration that the daemon reads; restored servers that fetch WAL read it, too.
     pub config_path: PathBuf,
+}
+
+/// A pin as it is asked for over the socket.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PinAsked {
+    name: String,
+    at: String,
+    #[serde(default)]
+    timeline: Option<u32>,
+    /// A time with its zone.
+    until: String,
 }
 
 /// An answer as a document and in words.
@@ -111,6 +128,44 @@ impl Service {
             lines.push(format!("only after a restart: {}", report.needs_restart.join(", ")));
         }
         Ok(Shown::new(&report, lines.join("\n")))
+    }
+
+    /// What is kept beyond the window.
+    ///
+    /// # Errors
+    /// As the store says.
+    pub async fn pins(&self, name: &str) -> Result<Value, Failure> {
+        let (_, repository) = self.open(name).await?;
+        Ok(serde_json::json!({ "pins": pin::list(&repository).await? }))
+    }
+
+    /// Keeps a moment beyond the window.
+    ///
+    /// # Errors
+    /// When the words are wrong, the moment cannot be reached, or the store says so.
+    pub async fn add_pin(&self, name: &str, words: &Value, owner: &str) -> Result<Value, Failure> {
+        let asked: PinAsked = serde_json::from_value(words.clone())
+            .map_err(|error| Failure::new(Code::Usage, format!("understand the pin: {error}")))?;
+        let wrong = |error| Failure::new(Code::Usage, format!("understand the moment: {error}"));
+        let target: Target = asked.at.parse().map_err(|error: ParseTargetError| wrong(error))?;
+        let until = parse_time(&asked.until)
+            .map_err(|error| Failure::new(Code::Usage, format!("understand until: {error}")))?;
+        let timeline = asked.timeline.map(TimelineId);
+        let moment = Request { target, exclusive: false, timeline };
+        let request = PinRequest { name: asked.name, moment, until, owner: owner.to_owned() };
+        let (_, repository) = self.open(name).await?;
+        let report = pin::add(&repository, name, &request).await?;
+        Ok(serde_json::json!({ "pin": report }))
+    }
+
+    /// Lets what was pinned go with the window again.
+    ///
+    /// # Errors
+    /// When there is none of that name, and as the store says.
+    pub async fn remove_pin(&self, name: &str, pin: &str) -> Result<Value, Failure> {
+        let (_, repository) = self.open(name).await?;
+        let report = pin::remove(&repository, pin).await?;
+        Ok(serde_json::json!({ "pin": report }))
     }
 
     async fn open(&self, name: &str) -> Result<(crate::config::Environment, crate::repository::Repository), Failure> {
