@@ -38,6 +38,7 @@ mod recovery;
 mod replication;
 mod restore;
 mod resuming;
+mod retention;
 mod sandbox;
 mod sandbox_commands;
 mod server_questions;

@@ -6,6 +6,7 @@ use std::process::{Command, Output, Stdio};
 
 use pgrecall::pg::Lsn;
 
+use super::clock::set_back;
 use super::guard::{Directory, Process};
 use super::minio::Bucket;
 use super::postgres::{Cluster, tail};
@@ -131,6 +132,7 @@ pub struct Pgrecall {
     keys: Vec<String>,
     /// Of the daemon's process environment.
     variables: Vec<(String, String)>,
+    days_ago: u32,
 }
 
 /// What a command said.
@@ -146,7 +148,8 @@ impl Pgrecall {
     pub fn new(environments: &[Environment]) -> Pgrecall {
         let dir = Directory::new("host");
         let (announced, keys, variables) = (Vec::new(), Vec::new(), Vec::new());
-        let pgrecall = Pgrecall { dir, daemon: None, announced, level: "info,pgrecall=debug", keys, variables };
+        let level = "info,pgrecall=debug";
+        let pgrecall = Pgrecall { dir, daemon: None, announced, level, keys, variables, days_ago: 0 };
         pgrecall.configure(environments);
         pgrecall
     }
@@ -195,7 +198,13 @@ impl Pgrecall {
         command.env_clear().env("PATH", "/usr/bin:/bin").env("HOME", self.dir.path()).env("LC_ALL", "C.UTF-8");
         command.env("PGRECALL_CONFIG", self.config_file()).env("RUST_BACKTRACE", "1");
         command.current_dir(self.dir.path()).stdin(Stdio::null()).args(args);
+        set_back(&mut command, self.days_ago);
         command
+    }
+
+    /// From now on this host's clock shows a time so many days ago.
+    pub fn live_days_ago(&mut self, days: u32) {
+        self.days_ago = days;
     }
 
     /// Runs a command to its end.

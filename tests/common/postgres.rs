@@ -11,6 +11,7 @@ use std::sync::Mutex;
 
 use pgrecall::pg::Lsn;
 
+use super::clock::set_back;
 use super::guard::{Directory, Process, free_port};
 use super::{places, wait};
 
@@ -125,6 +126,7 @@ pub struct Cluster {
     settings: BTreeMap<String, String>,
     /// Settings of the command line, which win over every file.
     overrides: Vec<(String, String)>,
+    days_ago: u32,
     process: Option<Process>,
 }
 
@@ -171,7 +173,7 @@ impl Cluster {
         std::fs::create_dir(dir.join("socket")).unwrap();
         let port = if tcp { free_port() } else { 5432 };
         let settings = SETTINGS.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        Cluster { major, dir, data, tcp, port, settings, overrides: Vec::new(), process: None }
+        Cluster { major, dir, data, tcp, port, settings, overrides: Vec::new(), days_ago: 0, process: None }
     }
 
     pub fn major(&self) -> u16 {
@@ -251,8 +253,14 @@ impl Cluster {
         for (name, value) in &self.overrides {
             command.arg("-c").arg(format!("{name}={value}"));
         }
+        set_back(&mut command, self.days_ago);
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         self.process = Some(Process::spawn(&mut command));
+    }
+
+    /// From its next start on the server lives so many days ago.
+    pub fn live_days_ago(&mut self, days: u32) {
+        self.days_ago = days;
     }
 
     pub fn is_running(&mut self) -> bool {
