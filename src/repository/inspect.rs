@@ -19,7 +19,7 @@ use super::catalogue::{self, WalListing, WalObject};
 use super::codec::{CodecError, HEADER_BYTES, Header, Kind};
 use super::format::{Repository, RepositoryError};
 use super::identity::{self, KnownIncarnation};
-use super::layout::{BackupMark, ContentHash, Incarnation, Key, prefix};
+use super::layout::{self, BackupMark, ContentHash, Incarnation, Key, prefix};
 use super::tables::TableReader;
 use super::wal_object;
 
@@ -145,6 +145,9 @@ pub async fn inspect(
     for incarnation in names.lost {
         let key = Key::identity(incarnation);
         report.add(Severity::Problem, key.as_str(), "it is missing: nothing of its incarnation is found without it");
+    }
+    for folder in RECORDS {
+        add_facts(repository, folder, &mut report, &mut readable).await?;
     }
     if settings.read_percent > 0 {
         read_data(repository, settings, readable, &mut report, &mut progress).await?;
@@ -325,27 +328,42 @@ impl Inspection<'_> {
         readable: &mut BTreeMap<String, (u64, Readable)>,
     ) -> Result<(), RepositoryError> {
         let incarnation = self.known.incarnation;
-        let folders = [
-            (prefix::coverage(incarnation), Kind::Coverage),
-            (prefix::gaps(incarnation), Kind::Gap),
-            (prefix::backups(incarnation), Kind::Intent),
+        let folders: [(String, Kind, IsNamed); 4] = [
+            (prefix::coverage(incarnation), Kind::Coverage, |key| layout::parse_coverage(key).is_some()),
+            (prefix::gaps(incarnation), Kind::Gap, |key| layout::parse_gap(key).is_some()),
+            (prefix::removed(incarnation), Kind::Removed, |key| layout::parse_removed(key).is_some()),
+            (prefix::backups(incarnation), Kind::Intent, |key| key.name().ends_with(".intent")),
         ];
-        for (folder, kind) in folders {
-            for object in self.repository.store().list(&folder).await? {
-                let wanted = match kind {
-                    Kind::Coverage => super::layout::parse_coverage(&object.key).is_some(),
-                    Kind::Gap => super::layout::parse_gap(&object.key).is_some(),
-                    _ => object.key.name().ends_with(".intent"),
-                };
-                if wanted {
-                    report.stored_bytes += object.bytes;
-                    let fact = Readable::Fact(object.key.clone(), kind);
-                    readable.insert(object.key.as_str().to_owned(), (object.bytes, fact));
-                }
-            }
+        for (folder, kind, is_named) in folders {
+            add_facts(self.repository, (&folder, kind, is_named), report, readable).await?;
         }
         Ok(())
     }
+}
+
+/// Whether a key has the form of the facts of its folder.
+type IsNamed = fn(&Key) -> bool;
+
+/// The facts about the environment as a whole.
+const RECORDS: [(&str, Kind, IsNamed); 4] = [
+    (prefix::JOBS, Kind::Job, |key| layout::parse_job(key).is_some()),
+    (prefix::AUDIT, Kind::Act, |key| layout::parse_audit(key).is_some()),
+    (prefix::INCIDENTS, Kind::Incident, |key| layout::parse_incident(key).is_some()),
+    (prefix::PINS, Kind::Pin, |key| layout::parse_pin(key).is_some()),
+];
+
+async fn add_facts(
+    repository: &Repository,
+    (folder, kind, is_named): (&str, Kind, IsNamed),
+    report: &mut Report,
+    readable: &mut BTreeMap<String, (u64, Readable)>,
+) -> Result<(), RepositoryError> {
+    for object in repository.store().list(folder).await?.into_iter().filter(|object| is_named(&object.key)) {
+        report.stored_bytes += object.bytes;
+        let fact = Readable::Fact(object.key.clone(), kind);
+        readable.insert(object.key.as_str().to_owned(), (object.bytes, fact));
+    }
+    Ok(())
 }
 
 /// Whether a header says what the name says.
