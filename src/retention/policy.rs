@@ -408,6 +408,3 @@ impl Need {
         all
     }
 }
-
-#[cfg(test)]
-mod tests;
