@@ -178,11 +178,14 @@ impl Jobs {
         let _ = tokio::time::timeout(KNOWN_WAIT, known.wait_for(|names| names.contains(environment))).await;
     }
 
-    /// Oldest first.
+    /// Oldest first. Ids alone do not say so: those of one second have no order.
     pub fn list(&self, environment: Option<&str>) -> Vec<JobRecord> {
         let registry = self.registry();
         let records = registry.jobs.values().map(|entry| entry.record.borrow().clone());
-        records.filter(|record| environment.is_none_or(|name| record.spec.environment == name)).collect()
+        let wanted = |record: &JobRecord| environment.is_none_or(|name| record.spec.environment == name);
+        let mut records: Vec<JobRecord> = records.filter(wanted).collect();
+        records.sort_by_key(|record| record.accepted_at);
+        records
     }
 
     pub fn get(&self, id: &JobId) -> Option<JobRecord> {
