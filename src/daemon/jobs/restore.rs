@@ -16,7 +16,7 @@ use super::{JobContext, Work};
 use crate::config::Environment;
 use crate::daemon::service::Shown;
 use crate::error::{Code, Failure};
-use crate::operations::planned::{Here, TargetAsked};
+use crate::operations::planned::{Here, Planned, TargetAsked};
 use crate::operations::restore::{Check, Observer, RestoreRequest, execute};
 use crate::restore::recovery::Finish;
 use crate::restore::target::TablespacePlaces;
@@ -128,6 +128,28 @@ impl RestoreAsked {
     }
 }
 
+/// Plans what a job restores, and puts down what that is.
+///
+/// # Errors
+/// As the plan says, and when the job is cancelled meanwhile.
+pub async fn plan(job: &JobContext, environment: &Environment, target: &TargetAsked) -> Result<Planned, Failure> {
+    job.progress("planning", 0, None);
+    let here = Here {
+        environment: environment.name.as_str(),
+        zone: environment.time_zone,
+        postgres_bin_dirs: &environment.restore.postgres_bin_dirs,
+    };
+    let cancelled = || Failure::new(Code::Cancelled, format!("plan the {}: it was cancelled", job.spec.kind.as_str()));
+    let planned = tokio::select! {
+        biased;
+        () = job.cancel.cancelled() => return Err(cancelled()),
+        planned = target.plan(here, &job.repository).boxed() => planned?,
+    };
+    job.log(&format!("target: {}", planned.target_shown));
+    job.log(&format!("from backup {}", planned.plan.backup.id));
+    Ok(planned)
+}
+
 /// Plans a restore and executes it.
 pub struct RestoreWork {
     pub environment: Environment,
@@ -139,20 +161,7 @@ pub struct RestoreWork {
 #[async_trait]
 impl Work for RestoreWork {
     async fn run(&self, job: &JobContext) -> Result<Value, Failure> {
-        job.progress("planning", 0, None);
-        let target = self.asked.target();
-        let here = Here {
-            environment: self.environment.name.as_str(),
-            zone: self.environment.time_zone,
-            postgres_bin_dirs: &self.environment.restore.postgres_bin_dirs,
-        };
-        let planned = tokio::select! {
-            biased;
-            () = job.cancel.cancelled() => return Err(Failure::new(Code::Cancelled, "plan the restore: it was cancelled")),
-            planned = target.plan(here, &job.repository).boxed() => planned?,
-        };
-        job.log(&format!("target: {}", planned.target_shown));
-        job.log(&format!("from backup {}", planned.plan.backup.id));
+        let planned = plan(job, &self.environment, &self.asked.target()).await?;
         let request = self.asked.request(&self.environment, self.wal_get.clone());
         let mut watcher = JobObserver::new(job.clone());
         let (repository, cancel) = (job.repository.clone(), job.cancel.clone());

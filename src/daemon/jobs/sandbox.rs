@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::context::apart;
-use super::restore::JobObserver;
+use super::restore::{JobObserver, plan};
 use super::{JobContext, Work};
 use crate::config::Environment;
 use crate::daemon::service::Shown;
 use crate::error::{Code, Failure};
 use crate::operations::incident::{self, By, Entry, What};
-use crate::operations::planned::{Here, Planned, TargetAsked};
+use crate::operations::planned::{Planned, TargetAsked};
 use crate::operations::sandbox::{Area, Asked, CreateRequest, Created, Source};
 use crate::util::units::parse_duration;
 
@@ -87,18 +87,7 @@ impl Work for SandboxWork {
 
 impl SandboxWork {
     async fn make(&self, job: &JobContext) -> Result<Value, Failure> {
-        job.progress("planning", 0, None);
-        let dirs = &self.environment.restore.postgres_bin_dirs;
-        let name = self.environment.name.as_str();
-        let here = Here { environment: name, zone: self.environment.time_zone, postgres_bin_dirs: dirs };
-        let target = self.asked.target();
-        let planned = tokio::select! {
-            biased;
-            () = job.cancel.cancelled() => return Err(Failure::new(Code::Cancelled, "plan the sandbox: it was cancelled")),
-            planned = target.plan(here, &job.repository) => planned?,
-        };
-        job.log(&format!("target: {}", planned.target_shown));
-        job.log(&format!("from backup {}", planned.plan.backup.id));
+        let planned = plan(job, &self.environment, &self.asked.target()).await?;
         let request = CreateRequest {
             id: job.id.clone(),
             asked_by: Asked { uid: job.spec.asked_by.uid, user: job.spec.asked_by.user.clone() },
@@ -107,7 +96,7 @@ impl SandboxWork {
             writable: self.asked.writable,
             expires_in: life(self.asked.expires.as_deref())?,
             wal_get: self.wal_get.clone(),
-            postgres_bin_dirs: dirs.clone(),
+            postgres_bin_dirs: self.environment.restore.postgres_bin_dirs.clone(),
         };
         let last_included = planned.last_included.as_ref().map(|transaction| transaction.shown.clone());
         let Planned { target_shown, plan, .. } = planned;
