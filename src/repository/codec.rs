@@ -121,6 +121,11 @@ impl Codec {
         self.key.is_some()
     }
 
+    /// The id of the data key; `None` when the environment is not encrypted.
+    pub fn key_id(&self) -> Option<u32> {
+        self.key.as_ref().map(|key| key.id())
+    }
+
     /// A hasher whose result goes into names and headers.
     pub fn hasher(&self) -> Hasher {
         match &self.key {
@@ -232,7 +237,7 @@ impl Codec {
         Header {
             kind: kind as u8,
             encrypted: self.key.is_some(),
-            key_id: self.key.as_ref().map_or(0, |key| key.id()),
+            key_id: self.key_id().unwrap_or(0),
             content_bytes: content_bytes as u64,
             digest,
             body_bytes: 0,

@@ -1,7 +1,8 @@
 //! One environment's repository, opened: the store, the codec with its key, the format version.
 //!
 //! `format.json` and `keys/` are plain JSON, for they are read before anything can be opened; everything else is an
-//! object of [`super::codec`]. `format.json` has no time and no writer in it, so two first writers write the same bytes.
+//! object of [`super::codec`]. Each of two first writers makes a data key of its own under its own name; `format.json`,
+//! written once, says whose counts, before anything is sealed with either.
 
 use std::sync::Arc;
 
@@ -19,7 +20,6 @@ use crate::util::throttle::Throttle;
 pub const FORMAT_VERSION: u32 = 1;
 /// Facts (marks, leases, identities, claims) are small.
 const FACT_BYTES_MAX: u64 = 1 << 20;
-const DATA_KEY_ID: u32 = 1;
 /// How a data key is wrapped.
 const WRAP: &str = "aes-256-gcm";
 
@@ -28,7 +28,8 @@ const WRAP: &str = "aes-256-gcm";
 struct Format {
     format: String,
     version: u32,
-    encrypted: bool,
+    /// The id of the data key; `None` in a repository that is not encrypted.
+    data_key: Option<u32>,
 }
 
 /// The content of an object below `keys/`.
@@ -124,11 +125,17 @@ impl Repository {
         if let Some(repository) = Self::load(&store, level, master).await? {
             return Ok(repository);
         }
-        if let Some(master) = master {
-            create_data_key(&store, master).await?;
+        let data_key = match master {
+            Some(master) => Some(create_data_key(&store, master).await?),
+            None => None,
+        };
+        let format = Format { format: "pgrecall".into(), version: FORMAT_VERSION, data_key };
+        match store.create(&Key::format(), to_json(&format)).await {
+            Ok(_) => {}
+            // A store that knows no create-only write: the later of two first writers counts.
+            Err(e) if !e.is_retryable() => drop(store.put(&Key::format(), to_json(&format)).await?),
+            Err(e) => return Err(e.into()),
         }
-        let format = Format { format: "pgrecall".into(), version: FORMAT_VERSION, encrypted: master.is_some() };
-        store.put(&Key::format(), to_json(&format)).await?;
         Self::open(store, level, master).await
     }
 
@@ -138,11 +145,11 @@ impl Repository {
         if format.format != "pgrecall" || format.version != FORMAT_VERSION {
             return Err(RepositoryError::Version { place: place(), found: format.version });
         }
-        let key = match (format.encrypted, master) {
-            (false, None) => None,
-            (false, Some(_)) => return Err(RepositoryError::NotEncrypted(place())),
-            (true, None) => return Err(RepositoryError::KeyMissing(place())),
-            (true, Some(master)) => Some(Arc::new(load_data_key(store, master).await?)),
+        let key = match (format.data_key, master) {
+            (None, None) => None,
+            (None, Some(_)) => return Err(RepositoryError::NotEncrypted(place())),
+            (Some(_), None) => return Err(RepositoryError::KeyMissing(place())),
+            (Some(id), Some(master)) => Some(Arc::new(load_data_key(store, id, master).await?)),
         };
         Ok(Some(Repository { store: store.clone(), codec: Codec::new(level, key) }))
     }
@@ -211,12 +218,15 @@ impl Repository {
     /// Wraps the data key by another master key; what the old one wrapped is removed afterwards. The same key again changes
     /// nothing.
     pub async fn rotate_master(&self, old: &MasterKey, new: &MasterKey) -> Result<(), RepositoryError> {
-        let data_key = load_data_key(&self.store, old).await?;
+        let Some(id) = self.codec.key_id() else {
+            return Err(RepositoryError::NotEncrypted(self.store.place().to_owned()));
+        };
+        let data_key = load_data_key(&self.store, id, old).await?;
         if old.fingerprint() == new.fingerprint() {
             return Ok(());
         }
         put_wrapped(&self.store, &data_key, new).await?;
-        load_data_key(&self.store, new).await?;
+        load_data_key(&self.store, id, new).await?;
         self.store.delete(&Key::data_key(data_key.id(), &old.fingerprint())).await?;
         Ok(())
     }
@@ -261,12 +271,11 @@ async fn read_json<T: DeserializeOwned>(store: &Store, key: &Key) -> Result<Opti
     }
 }
 
-/// A first writer that was killed between its key and `format.json` left a key: that one is taken.
-async fn create_data_key(store: &Store, master: &MasterKey) -> Result<(), RepositoryError> {
-    if !store.list(prefix::KEYS).await?.is_empty() {
-        return load_data_key(store, master).await.map(drop);
-    }
-    put_wrapped(store, &DataKey::generate(DATA_KEY_ID), master).await
+/// Makes a data key under a name that nobody else has; it counts once `format.json` names it.
+async fn create_data_key(store: &Store, master: &MasterKey) -> Result<u32, RepositoryError> {
+    let id = rand::random_range(1..=u32::MAX);
+    put_wrapped(store, &DataKey::generate(id), master).await?;
+    Ok(id)
 }
 
 async fn put_wrapped(store: &Store, data_key: &DataKey, master: &MasterKey) -> Result<(), RepositoryError> {
@@ -280,10 +289,11 @@ fn wrapped_key(key_id: u32, master: &MasterKey, wrapped: &[u8]) -> WrappedKey {
     WrappedKey { key_id, wrap: WRAP.into(), master: master.fingerprint(), wrapped: hex(wrapped) }
 }
 
-async fn load_data_key(store: &Store, master: &MasterKey) -> Result<DataKey, RepositoryError> {
+async fn load_data_key(store: &Store, id: u32, master: &MasterKey) -> Result<DataKey, RepositoryError> {
     let listed = store.list(prefix::KEYS).await?;
-    let wraps: Vec<_> = listed.iter().filter_map(|o| Some((&o.key, layout::parse_data_key(&o.key)?))).collect();
-    let Some((key, (id, _))) = wraps.iter().find(|(_, (_, by))| *by == master.fingerprint()) else {
+    let wraps = listed.iter().filter_map(|o| Some((&o.key, layout::parse_data_key(&o.key)?)));
+    let wraps: Vec<_> = wraps.filter(|(_, (of, _))| *of == id).collect();
+    let Some((key, _)) = wraps.iter().find(|(_, (_, by))| *by == master.fingerprint()) else {
         let found = wraps.iter().map(|(_, (_, by))| by.as_str()).collect::<Vec<_>>().join(", ");
         let (place, configured) = (store.place().to_owned(), master.fingerprint());
         return Err(RepositoryError::OtherMasterKey { place, found, configured });
@@ -292,7 +302,7 @@ async fn load_data_key(store: &Store, master: &MasterKey) -> Result<DataKey, Rep
         let gone = || StoreError::NotFound { action: "read", key: key.as_str().to_owned() };
         let fact = read_json::<WrappedKey>(store, key).await?.ok_or_else(gone)?;
         let wrapped = unhex(&fact.wrapped).unwrap_or_default();
-        let written = wrapped_key(*id, master, &wrapped);
+        let written = wrapped_key(id, master, &wrapped);
         if fact != written {
             let reason = "it is not as it was written".to_owned();
             return Err(RepositoryError::Malformed { key: key.as_str().to_owned(), reason });

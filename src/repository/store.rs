@@ -174,16 +174,17 @@ impl Store {
         self.put(key, PutPayload::from_iter(pieces)).await
     }
 
-    /// Writes an object that does not exist yet; `false` when it does. Only for trying out whether the store can do it.
-    pub(super) async fn create(&self, key: &Key, bytes: &'static [u8]) -> Result<bool, StoreError> {
-        let path = self.path(key);
+    /// Writes an object that does not exist yet; `false` when it does, also when an attempt of this call made it. Not
+    /// every store can do it.
+    pub(super) async fn create(&self, key: &Key, bytes: impl Into<PutPayload>) -> Result<bool, StoreError> {
+        let (path, payload) = (self.path(key), bytes.into());
         let attempt = || async {
-            match self.inner.put_opts(&path, bytes.into(), PutMode::Create.into()).await {
+            match self.inner.put_opts(&path, payload.clone(), PutMode::Create.into()).await {
                 Err(object_store::Error::AlreadyExists { .. }) => Ok(false),
                 result => result.map(|_| true),
             }
         };
-        self.attempt("store", key.as_str(), bytes.len() as u64, attempt).await
+        self.attempt("store", key.as_str(), payload.content_length() as u64, attempt).await
     }
 
     /// Whether writes carry a checksum for the store to compare.

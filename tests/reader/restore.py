@@ -87,7 +87,8 @@ class Repository:
         self.root = root
         form = json.loads((root / "format.json").read_bytes())
         check(form["format"] == "pgrecall" and form["version"] == 1, "another format")
-        check(form["encrypted"] == (master_file is not None), f"encrypted is {form['encrypted']}: see --master-key")
+        sealed = form["data_key"] is not None
+        check(sealed == (master_file is not None), f"encrypted is {sealed}: see --master-key")
         self.keys, self.packs = Keys(root, master_file), {}
         self.incarnation = max(n for n in os.listdir(root / "identity") if re.fullmatch(r"\d{4}-\d+", n))
 

@@ -58,6 +58,41 @@ async fn an_encrypted_repository_opens_only_with_its_master_key() {
     assert!(Repository::open(store(&dir), 3, Some(&ours)).await.is_err());
 }
 
+/// What each of several first writers seals must open for all: whoever loses takes the winner's key.
+#[tokio::test]
+async fn first_writers_at_the_same_time_agree_on_one_data_key() {
+    let master = MasterKey::new([1; 32]);
+    for round in 0..20 {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let open = || Repository::open_or_create(store(&dir), 3, Some(&master));
+        let opened = futures::future::join_all((0..4).map(|_| open())).await;
+        let opened: Vec<Repository> = opened.into_iter().map(|r| r.expect("create")).collect();
+        for (random, writer) in (0..).zip(&opened) {
+            let key = Key::lease(Generation { ordinal: 1, random });
+            writer.write_fact(&key, Kind::Lease, &random).await.expect("write");
+            for reader in &opened {
+                let read = reader.read_fact::<u32>(&key, Kind::Lease).await;
+                assert_eq!(read.expect("read"), random, "round {round}");
+            }
+        }
+    }
+}
+
+/// A first writer that was killed before `format.json` left a key that nothing is sealed with.
+#[tokio::test]
+async fn a_key_without_a_format_is_passed_over() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let (dead, ours) = (MasterKey::new([1; 32]), MasterKey::new([2; 32]));
+    create_data_key(&store(&dir), &dead).await.expect("a key");
+    create_data_key(&store(&dir), &ours).await.expect("a key");
+    let repository = Repository::open_or_create(store(&dir), 3, Some(&ours)).await.expect("create");
+    let key = Key::lease(Generation { ordinal: 1, random: 2 });
+    repository.write_fact(&key, Kind::Lease, &"text").await.expect("write");
+    let again = Repository::open(store(&dir), 3, Some(&ours)).await.expect("open");
+    assert_eq!(again.read_fact::<String>(&key, Kind::Lease).await.expect("read"), "text");
+    assert!(Repository::open(store(&dir), 3, Some(&dead)).await.is_err());
+}
+
 #[tokio::test]
 async fn generations_and_incarnations_follow_each_other() {
     let (_dir, repository) = plain().await;
