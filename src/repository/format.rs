@@ -136,7 +136,11 @@ impl Repository {
             Err(e) if !e.is_retryable() => drop(store.put(&Key::format(), to_json(&format)).await?),
             Err(e) => return Err(e.into()),
         }
-        Self::open(store, level, master).await
+        let repository = Self::open(store, level, master).await?;
+        if let (Some(own), Some(master)) = (data_key.filter(|own| repository.codec.key_id() != Some(*own)), master) {
+            repository.store.delete(&Key::data_key(own, &master.fingerprint())).await?;
+        }
+        Ok(repository)
     }
 
     async fn load(store: &Store, level: i32, master: Option<&MasterKey>) -> Result<Option<Self>, RepositoryError> {
