@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use pgrecall::archive::Settings;
+use pgrecall::archive::tidy::{Written, tidy};
+use pgrecall::archive::uploader::Destination;
+use pgrecall::archive::{Budget, Settings};
 use pgrecall::pg::{Lsn, SegmentName, SegmentSize, TimelineId};
 use pgrecall::repository::crypto::MasterKey;
 use pgrecall::repository::store::{Store, StoreSettings};
@@ -175,6 +177,43 @@ async fn killed_between_the_last_part_and_the_segment_itself_it_goes_on_without_
         let files = cluster.wal_files();
         assert!(!files.contains(&SegmentName::new(TimelineId(1), first, SIZE).to_string()), "{fault:?}: {files:?}");
     }
+}
+
+/// A process whose streams may hold next to nothing stores parts, whatever the segment's size; what becomes of them is what would
+/// have been stored.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_memory_is_left_for_is_stored_in_parts_and_put_together_later() {
+    let (cluster, dir) = (keep(NEWEST), Directory::new("archive"));
+    let repository = repository(dir.path()).await;
+    let (short, roomy) = (Budget::new(1 << 20), Budget::new(u64::MAX));
+    for (budget, other) in [(&short, &roomy), (&roomy, &short), (&short, &roomy)] {
+        let settings = |budget| Settings { budget: std::sync::Arc::clone(budget), ..Settings::default() };
+        // It begins in the middle of a segment of which the one before stored parts.
+        for budget in [other, budget] {
+            let running = Running::start_with(&repository, config(&cluster), settings(budget)).await;
+            let end = write(&cluster, 100_000);
+            assert_eq!(running.wait_stored(end).await.gaps_found, 0);
+            running.stop().await;
+        }
+    }
+    let known = identity::current(&repository).await.expect("identity").expect("one");
+    let before = stored(&repository, 1).await;
+    assert!(assert_equal_to_server(&cluster, 1, &before) > 6 << 24);
+    let (incarnation, segment_size) = (known.incarnation, SIZE);
+    let whole = async || {
+        let listing = catalogue::list_wal(&repository, incarnation, SIZE).await.expect("list");
+        listing.ranges.iter().filter(|object| object.range.whole).count()
+    };
+    let segments = before.len() - 1;
+    let (first, destination) =
+        (whole().await, Destination { repository: repository.clone(), incarnation, segment_size });
+    assert!(first > 2 && first < segments - 2, "{first} of {segments} were put whole");
+    let last = *before.keys().last().expect("some");
+    let written = Written { timeline: TimelineId(1), before: last };
+    let tidied = tidy(&destination, written, chrono::Utc::now()).await.expect("tidy");
+    assert_eq!((tidied.assembled as usize, tidied.failed), (segments - first, 0), "{tidied:?}");
+    assert_eq!(whole().await, segments);
+    assert!(stored(&repository, 1).await == before);
 }
 
 /// The stored files of WAL, of segments behind the first.

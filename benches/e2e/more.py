@@ -77,25 +77,34 @@ def exposure(lab, tool):
 
 
 def commits(lab, tool):
-    """Latency of commits that wait until they are stored, with 1, 8 and 32 clients, beside the PUTs of the same time."""
+    """Latency of commits that wait until they are stored, with 1, 8 and 32 clients, beside the PUTs of the same time and
+    beside the same load whose commits wait for the server's own disk only."""
     measures.open_primary(lab, tool)
     lab.primary.ask(f"ALTER SYSTEM SET synchronous_standby_names = '{tool.synchronous_name()}'")
     lab.primary.ask("SELECT pg_reload_conf()")
     out = {}
     for clients in (1, 8, 32):
-        folder = lab.folder(f"load{clients}")
-        scripts = data.write_scripts(folder)
+        local = latencies(lab, f"local{clients}", clients, "local")
         before = len(tool.proxy.puts) if tool.proxy else 0
-        lab.primary.pgbench(lab.load, "-l", "--log-prefix=acked", "-D", "n=0", "-D", f"naccounts={lab.scale * 100000}",
-                            "-f", scripts / "load.sql", "-c", clients, "-j", min(2, clients), "-T", 10, log=lab.log,
-                            cwd=folder)
-        micros = sorted(int(line.split()[2]) for f in folder.glob("acked.*") for line in f.read_text().splitlines())
+        micros = latencies(lab, f"load{clients}", clients, "on")
         out |= percentiles(micros, f"{clients}", 1e-3)
+        out[f"{clients}_local_p50_ms"] = local[len(local) // 2] / 1e3
         if tool.proxy:
             took = sorted(seconds for _, seconds in tool.proxy.puts[before:])
             out[f"{clients}_put_p50_ms"] = took[len(took) // 2] * 1e3
             out[f"{clients}_per_put"] = out[f"{clients}_p50_ms"] / out[f"{clients}_put_p50_ms"]
     return out
+
+
+def latencies(lab, name, clients, commit):
+    """Of ten seconds of load, in microseconds; `commit` is the server's `synchronous_commit`."""
+    lab.primary.ask(f"ALTER SYSTEM SET synchronous_commit = '{commit}'")
+    lab.primary.ask("SELECT pg_reload_conf()")
+    folder = lab.folder(name)
+    scripts = data.write_scripts(folder)
+    lab.primary.pgbench(lab.load, "-l", "--log-prefix=acked", "-D", "n=0", "-D", f"naccounts={lab.scale * 100000}",
+                        "-f", scripts / "load.sql", "-c", clients, "-j", min(2, clients), "-T", 10, log=lab.log, cwd=folder)
+    return sorted(int(line.split()[2]) for f in folder.glob("acked.*") for line in f.read_text().splitlines())
 
 
 def parts(lab, tool):

@@ -120,11 +120,11 @@ async fn fetch(
     let start_lsn = Lsn(lacking.start_lsn.0 / unit * unit);
     let from = StartReplication { slot: None, start_lsn, timeline: resume.timeline };
     let (mut reader, _sender) = session.start_replication(&from).await?.split();
-    let mut assembler = Assembler::new(size, start_lsn);
+    let mut assembler = Assembler::new(size, start_lsn, &archiver.settings.budget);
     let (trouble, _) = watch::channel(None);
     let mut uploader = Uploader::new(destination.clone(), archiver.settings.puts_in_flight, trouble);
     let mut bytes_stored = 0;
-    while assembler.unit_start() < lacking.end_lsn {
+    while assembler.held_from() < lacking.end_lsn {
         let Ok(Ok(event)) = tokio::time::timeout(SILENCE_MAX, next_data(&mut reader)).await else { break };
         let Some((start, bytes)) = event else { break };
         for unit in assembler.push(start, &bytes)? {

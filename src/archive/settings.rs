@@ -1,6 +1,9 @@
 //! What an archiver is told by its caller.
 
+use std::sync::Arc;
 use std::time::Duration;
+
+use super::budget::Budget;
 
 /// Settings of one environment's archiver.
 #[derive(Debug, Clone)]
@@ -12,6 +15,8 @@ pub struct Settings {
     pub puts_in_flight: usize,
     /// Received bytes that are not stored; beyond this we stop reading.
     pub buffer_bytes_max: u64,
+    /// The WAL that all streams of the process may hold.
+    pub budget: Arc<Budget>,
     /// How long the tail may take to be stored when the program is stopped.
     pub shutdown_grace: Duration,
     /// How often a claim of coverage is stored at most.
@@ -27,6 +32,7 @@ impl Default for Settings {
             rpo: Duration::from_secs(1),
             puts_in_flight: 4,
             buffer_bytes_max: 128 << 20,
+            budget: Budget::new(u64::MAX),
             shutdown_grace: Duration::from_secs(30),
             coverage_interval: Duration::from_secs(60),
             hosts_interval: Duration::from_secs(60),

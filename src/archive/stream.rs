@@ -2,7 +2,8 @@
 //!
 //! Everything happens in one task: reading never waits for the store, and a status goes out from a timer also while
 //! nothing is read. When the bytes that are not stored reach `buffer_bytes_max` we stop reading, and PostgreSQL keeps the
-//! WAL. What arrives is compared with what is stored of the same range; other content is a [`Conflict`].
+//! WAL. When all streams of the process hold more than their budget, each lets go of what is stored as parts (they are put
+//! together later) and reads little at a time. What arrives is compared with what is stored of the same range; other content is a [`Conflict`].
 //!
 //! Invariants: `reported ≤ stored contiguous end`; `received - stored ≤ buffer_bytes_max` + one message.
 
@@ -14,6 +15,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, Unit};
+use super::budget::SHARE_MIN;
 use super::exposure::Exposure;
 use super::observer::{Observation, Observer};
 use super::pacing::Pacing;
@@ -90,9 +92,9 @@ impl<'a> Stream<'a> {
         known.make_contiguous().sort_by_key(|r| (r.end_lsn(size), r.start_lsn(size)));
         Stream {
             pacing: Pacing::new(context.settings.rpo),
+            assembler: Assembler::new(size, resume.start_lsn, &context.settings.budget),
             context,
             sender,
-            assembler: Assembler::new(size, resume.start_lsn),
             progress: Progress::new(resume.timeline, resume.reported_lsn),
             uploader,
             contiguous_from: resume.contiguous_from,
@@ -127,6 +129,7 @@ impl<'a> Stream<'a> {
         let mut timer = tokio::time::interval(STATUS_INTERVAL);
         timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
+            self.heed_budget();
             self.start_uploads(false);
             if let Some((next, switch_lsn)) = self.switch.filter(|(_, lsn)| self.progress.reported() >= *lsn) {
                 return Ended::Timeline { next, switch_lsn };
@@ -136,9 +139,7 @@ impl<'a> Stream<'a> {
             if self.uploader.has_failed() {
                 return Ended::Lost(ReplicationError::Protocol("an upload of ours ended unexpectedly".to_owned()));
             }
-            // A unit must be able to fill, or nothing would ever be read again.
-            let buffer_max = self.context.settings.buffer_bytes_max.max(self.assembler.unit_bytes());
-            let reading = self.held_bytes() < buffer_max && self.switch.is_none();
+            let reading = self.may_read() && self.switch.is_none();
             let step = tokio::select! {
                 biased;
                 () = cancel.cancelled() => return Ended::Cancelled,
@@ -223,16 +224,23 @@ impl<'a> Stream<'a> {
         while self.uploader.has_room() {
             let Some(unit) = self.waiting.pop_front() else { break };
             let end = unit.start_lsn.saturating_add(unit.bytes.len() as u64);
-            let _ = self.context.units.try_send((timeline, unit.clone()));
-            if self.progress.reported() < end {
-                self.uploader.start(timeline, unit.start_lsn, unit.bytes, true);
+            if self.assembler.is_whole(&unit) {
+                let _ = self.context.units.try_send((timeline, unit.clone()));
+                if self.progress.reported() < end {
+                    self.uploader.start(timeline, unit.start_lsn, unit.bytes, true);
+                }
+            } else {
+                let from = self.taken_up.max(unit.start_lsn);
+                if let Some(rest) = slice(&unit, from, end) {
+                    self.uploader.start(timeline, from, rest, false);
+                }
             }
             self.taken_up = self.taken_up.max(end);
         }
         let received = self.assembler.received();
         let due = everything || self.pacing.due().is_some_and(|due| due <= Instant::now());
         if self.waiting.is_empty() && due && self.may_put_part() && received > self.taken_up {
-            let from = self.taken_up.max(self.assembler.unit_start());
+            let from = self.taken_up.max(self.assembler.held_from());
             if let Some(bytes) = self.assembler.copy(from, received) {
                 self.uploader.start(timeline, from, bytes, false);
                 self.taken_up = received;
@@ -240,6 +248,29 @@ impl<'a> Stream<'a> {
         }
         if self.waiting.is_empty() && received <= self.taken_up {
             self.pacing.taken_up();
+        }
+    }
+
+    fn may_read(&self) -> bool {
+        // A unit must be able to fill, or nothing would ever be read again.
+        let own_max = self.context.settings.buffer_bytes_max.max(self.assembler.unit_bytes());
+        self.held_bytes() < if self.is_short() { SHARE_MIN } else { own_max }
+    }
+
+    /// Whether the streams of the process hold too much. One that compares what it receives with stored ranges needs them whole.
+    fn is_short(&self) -> bool {
+        self.known.is_empty() && self.context.settings.budget.is_short()
+    }
+
+    /// Nothing is kept that is stored while memory is short, and what keeps this stream from reading is stored at once.
+    fn heed_budget(&mut self) {
+        if !self.is_short() {
+            return;
+        }
+        if self.progress.reported() >= self.assembler.received() {
+            self.assembler.let_go_of_parts();
+        } else if !self.may_read() && self.assembler.received() > self.taken_up {
+            self.pacing.hurry(Instant::now());
         }
     }
 

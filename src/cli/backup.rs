@@ -116,6 +116,7 @@ async fn alone(config: &Config, environment: &Environment, progress: &mut Progre
         owned_slots: slots::owned(config),
         jobs: None,
         backup_throttle: config.limits.backup_throttle(),
+        wal_budget: config.limits.wal_budget(),
     };
     let bodies = BTreeMap::from([(name.clone(), Arc::new(body) as Arc<dyn Body>)]);
     let daemon = Daemon::start(bodies, Pauses::default(), CancellationToken::new());

@@ -1,6 +1,7 @@
 //! From an environment's table to the settings of the services.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::environment::{Environment, Location, S3};
@@ -124,13 +125,14 @@ impl Environment {
         Ok(ConnectConfig { password, ..postgres.connect.clone() })
     }
 
-    /// The settings of the archiver.
-    pub fn archive_settings(&self, shutdown_grace: Duration) -> archive::Settings {
+    /// The settings of the archiver; `budget` is what all archivers of the process share.
+    pub fn archive_settings(&self, shutdown_grace: Duration, budget: &Arc<archive::Budget>) -> archive::Settings {
         archive::Settings {
             slot: self.postgres.as_ref().map_or_else(|| self.name.default_slot(), |postgres| postgres.slot.clone()),
             rpo: self.archive.rpo,
             puts_in_flight: usize::try_from(self.archive.puts_in_flight).unwrap_or(1),
             buffer_bytes_max: self.archive.buffer_bytes_max,
+            budget: Arc::clone(budget),
             shutdown_grace,
             ..archive::Settings::default()
         }

@@ -16,8 +16,8 @@ use crate::util::cron::Cron;
 const NAME_CHARACTERS_MAX: usize = 48;
 const SLOT_CHARACTERS_MAX: usize = 63;
 const DEFAULT_APPLICATION_NAME: &str = "pgrecall";
-const MIB: u64 = 1 << 20;
-const GIB: u64 = 1 << 30;
+pub(super) const MIB: u64 = 1 << 20;
+pub(super) const GIB: u64 = 1 << 30;
 const HOUR: Duration = Duration::from_hours(1);
 const DAY: Duration = Duration::from_hours(24);
 /// Every night at one.

@@ -27,12 +27,14 @@ pub use document::Problem;
 pub use environment::{Archive, Backups, Environment, EnvironmentName, Location, Postgres, Restore, S3};
 pub use secret_ref::{SecretError, SecretRef};
 
+use crate::archive::Budget;
 use crate::error::{Code, Failure};
 use crate::operations;
 use crate::telemetry;
 use crate::util::nearest::nearest;
 use crate::util::throttle::Throttle;
 use document::{Document, Section};
+use environment::{GIB, MIB};
 
 /// Where the configuration lies when neither `--config` nor `PGRECALL_CONFIG` names another file.
 pub const DEFAULT_PATH: &str = "/etc/pgrecall/config.toml";
@@ -71,11 +73,19 @@ pub struct Limits {
     pub backup_bandwidth_max: Option<u64>,
     /// And that all restores together read.
     pub restore_bandwidth_max: Option<u64>,
+    /// Bytes of WAL that all environments together hold in memory.
+    pub wal_buffer_max: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { backups: 2, restores: 2, backup_bandwidth_max: None, restore_bandwidth_max: None }
+        Limits {
+            backups: 2,
+            restores: 2,
+            backup_bandwidth_max: None,
+            restore_bandwidth_max: None,
+            wal_buffer_max: 256 * MIB,
+        }
     }
 }
 
@@ -83,6 +93,11 @@ impl Limits {
     /// For all backups of this process.
     pub fn backup_throttle(self) -> Option<Arc<Throttle>> {
         self.backup_bandwidth_max.map(|bytes| Arc::new(Throttle::new(bytes)))
+    }
+
+    /// For all streams of this process.
+    pub fn wal_budget(self) -> Arc<Budget> {
+        Budget::new(self.wal_buffer_max)
     }
 
     /// For all restores of this process.
@@ -222,6 +237,7 @@ fn read_limits(section: Section<'_>) -> Limits {
         restores: section.integer("restores", default.restores, 1..=64),
         backup_bandwidth_max: read_bandwidth(&section, "backup_bandwidth_max"),
         restore_bandwidth_max: read_bandwidth(&section, "restore_bandwidth_max"),
+        wal_buffer_max: section.bytes("wal_buffer_max", default.wal_buffer_max, MIB..=1024 * GIB),
     };
     section.finish();
     limits

@@ -20,7 +20,7 @@ use super::slots::{self, UnlimitedWal};
 use super::snapshot::{EnvironmentSnapshot, State, Wal};
 use super::supervisor::{Body, BodyContext};
 use super::survey::Surveyor;
-use crate::archive::{ArchiveStatus, Archiver};
+use crate::archive::{ArchiveStatus, Archiver, Budget};
 use crate::backup::BackupSettings;
 use crate::config::Environment;
 use crate::error::{Code, Failure};
@@ -44,6 +44,7 @@ pub struct EnvironmentBody {
     pub jobs: Option<Jobs>,
     /// What all backups together may send.
     pub backup_throttle: Option<Arc<Throttle>>,
+    pub wal_budget: Arc<Budget>,
 }
 
 /// The archiver's task; dropping this ends it.
@@ -186,7 +187,7 @@ impl EnvironmentBody {
     ) -> Result<Archiving, Failure> {
         let (status, watched) = watch::channel(ArchiveStatus::default());
         let archiver = Archiver {
-            settings: self.environment.archive_settings(self.shutdown_grace),
+            settings: self.environment.archive_settings(self.shutdown_grace, &self.wal_budget),
             connect: self.environment.connect()?,
             repository: repository.clone(),
             generation,

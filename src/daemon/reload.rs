@@ -18,6 +18,7 @@ use super::repositories::Repositories;
 use super::sandboxes::Sandboxes;
 use super::supervisor::Pauses;
 use super::{Daemon, Planned, slots};
+use crate::archive::Budget;
 use crate::config::{Access, Config, Environment};
 use crate::error::Failure;
 use crate::util::digest::Digest;
@@ -50,6 +51,7 @@ pub struct Service {
     pub repositories: Repositories,
     pub access: AccessRules,
     pub backup_throttle: Option<Arc<Throttle>>,
+    pub wal_budget: Arc<Budget>,
     pub sandboxes: Sandboxes,
 }
 
@@ -60,11 +62,12 @@ impl Service {
         let name = jobs::daemon_name(&config.control_socket);
         let jobs = Jobs::start(repositories.clone(), name, config.limits, cancel.child_token());
         let backup_throttle = config.limits.backup_throttle();
-        let planned = plan(&config, &jobs, backup_throttle.as_ref());
+        let wal_budget = config.limits.wal_budget();
+        let planned = plan(&config, &jobs, backup_throttle.as_ref(), &wal_budget);
         let daemon = Daemon::start(planned, Pauses::default(), cancel.clone());
         let sandboxes = Sandboxes::new(&config.sandbox);
         let access = AccessRules::new(&config, rustix::process::geteuid().as_raw());
-        Service { config, daemon, jobs, repositories, access, backup_throttle, sandboxes }
+        Service { config, daemon, jobs, repositories, access, backup_throttle, wal_budget, sandboxes }
     }
 
     /// Reads the configuration again and applies it.
@@ -79,7 +82,7 @@ impl Service {
         self.access.replace(&config);
         self.repositories.replace(&config);
         self.sandboxes.replace(&config.sandbox);
-        let changes = self.daemon.apply(plan(&config, &self.jobs, self.backup_throttle.as_ref()));
+        let changes = self.daemon.apply(plan(&config, &self.jobs, self.backup_throttle.as_ref(), &self.wal_budget));
         for name in config.environments.keys().filter(|name| !self.config.environments.contains_key(*name)) {
             self.jobs.look_for_earlier(name.to_string());
         }
@@ -98,7 +101,12 @@ impl Service {
 }
 
 /// Every environment that is archived from here, as a task to run.
-fn plan(config: &Config, jobs: &Jobs, backup_throttle: Option<&Arc<Throttle>>) -> BTreeMap<String, Planned> {
+fn plan(
+    config: &Config,
+    jobs: &Jobs,
+    backup_throttle: Option<&Arc<Throttle>>,
+    wal_budget: &Arc<Budget>,
+) -> BTreeMap<String, Planned> {
     let archived = config.environments.values().filter(|environment| environment.postgres.is_some());
     let planned = archived.map(|environment| {
         let body = EnvironmentBody {
@@ -107,6 +115,7 @@ fn plan(config: &Config, jobs: &Jobs, backup_throttle: Option<&Arc<Throttle>>) -
             owned_slots: slots::owned(config),
             jobs: Some(jobs.clone()),
             backup_throttle: backup_throttle.cloned(),
+            wal_budget: Arc::clone(wal_budget),
         };
         (environment.name.to_string(), Planned { body: Arc::new(body), fingerprint: fingerprint(environment) })
     });

@@ -1,0 +1,95 @@
+//! The WAL that all streams of a process hold in memory, counted against one limit.
+//!
+//! Nobody waits here: a stream that finds the budget short stops reading beyond [`SHARE_MIN`] and lets go of what is stored.
+//! So one whose store hangs holds at most its own buffer, and all others go on.
+//!
+//! Invariant: `held` is the sum of what is alive; it falls when the last copy of the bytes is dropped.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+
+/// What every stream may hold also when the budget is short.
+pub const SHARE_MIN: u64 = 1 << 20;
+
+/// The limit and what is held of it.
+#[derive(Debug)]
+pub struct Budget {
+    bytes_max: u64,
+    held: AtomicU64,
+}
+
+impl Budget {
+    pub fn new(bytes_max: u64) -> Arc<Budget> {
+        Arc::new(Budget { bytes_max, held: AtomicU64::new(0) })
+    }
+
+    /// Whether more is held than should be.
+    pub fn is_short(&self) -> bool {
+        self.held.load(Ordering::Relaxed) > self.bytes_max
+    }
+}
+
+/// Bytes that count until they are dropped.
+#[derive(Debug)]
+pub struct Held {
+    bytes: Vec<u8>,
+    counted: u64,
+    budget: Arc<Budget>,
+}
+
+impl Held {
+    pub fn new(budget: &Arc<Budget>) -> Held {
+        Held { bytes: Vec::new(), counted: 0, budget: Arc::clone(budget) }
+    }
+
+    pub fn extend(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+        // A vector that grows has room for more than it has: that is memory, too.
+        let now = self.bytes.capacity() as u64;
+        self.budget.held.fetch_add(now - self.counted, Ordering::Relaxed);
+        self.counted = now;
+    }
+
+    /// The bytes, to be shared; they count as long as a copy is alive.
+    pub fn freeze(self) -> Bytes {
+        Bytes::from_owner(self)
+    }
+}
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.budget.held.fetch_sub(self.counted, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_count_until_their_last_copy_is_dropped() {
+        let budget = Budget::new(1000);
+        let mut held = Held::new(&budget);
+        held.extend(&[1; 600]);
+        assert!(!budget.is_short());
+        let mut other = Held::new(&budget);
+        other.extend(&[2; 600]);
+        assert!(budget.is_short());
+        let shared = held.freeze();
+        let copy = shared.slice(10..20);
+        drop(shared);
+        assert!(budget.is_short());
+        drop(copy);
+        assert!(!budget.is_short());
+        drop(other);
+        assert_eq!(budget.held.load(Ordering::Relaxed), 0);
+    }
+}
