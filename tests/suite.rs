@@ -33,6 +33,7 @@ mod incident;
 mod instance;
 mod keys;
 mod loss;
+mod owners;
 mod reader;
 mod recovery;
 mod replication;
