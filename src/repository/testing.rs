@@ -1,5 +1,7 @@
 //! A repository with a synthetic backup and WAL in it, for tests.
 
+pub mod sim;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

@@ -5,6 +5,5 @@
 
 mod calls_tests;
 mod model_tests;
-mod sim_tests;
 mod window_tests;
 mod world_tests;

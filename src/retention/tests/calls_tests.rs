@@ -9,12 +9,12 @@ use chrono::{DateTime, TimeDelta, Utc};
 use object_store::path::Path as ObjectPath;
 
 use super::model_tests::{on_one_thread, prune, take};
-use super::sim_tests::Fault;
 use super::world_tests::{Good, World, size};
 use crate::lineage::StoredRanges;
 use crate::pg::Timestamp;
 use crate::repository::layout::{self, BackupMark, PinName, WalName};
 use crate::repository::pin::{self, Pin};
+use crate::repository::testing::sim::Fault;
 use crate::repository::{Generation, Key};
 
 type Objects = BTreeMap<ObjectPath, (Bytes, DateTime<Utc>)>;

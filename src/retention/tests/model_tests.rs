@@ -8,13 +8,13 @@ use std::task::Poll;
 use chrono::{DateTime, TimeDelta, Utc};
 use object_store::path::Path as ObjectPath;
 
-use super::sim_tests::{Change, Fault};
 use super::world_tests::{Good, Instant, Random, SIZE, TICK, WINDOW, World, size};
 use crate::lineage::StoredRanges;
 use crate::pg::{Lsn, Timestamp};
 use crate::repository::generation::{self, Lease};
 use crate::repository::layout::{self, BackupMark, PinName, WalName};
 use crate::repository::pin::{self, Pin};
+use crate::repository::testing::sim::{Change, Fault};
 use crate::repository::{BackupId, Generation, Incarnation, Key};
 use crate::retention::prune::{Prune, PruneError, Report, Settings};
 use crate::retention::reason::{Reason, Verdict};

@@ -7,7 +7,6 @@ use bytes::Bytes;
 use chrono::{DateTime, TimeDelta, Utc};
 use object_store::path::Path as ObjectPath;
 
-use super::sim_tests::{PAGE, SimStore};
 use crate::lineage::{History, Path, StoredRanges};
 use crate::pg::{Lsn, Major, SegmentName, SegmentNo, SegmentSize, SystemId, TimelineId, Timestamp};
 use crate::repository::backup_object::{BackupCommit, BackupIntent, PackEntry, Surroundings, TablePacks, Totals};
@@ -17,6 +16,7 @@ use crate::repository::identity::Identity;
 use crate::repository::layout::{BackupMark, ContentHash, CoverageName, WalRange};
 use crate::repository::pack::PackRef;
 use crate::repository::store::{Store, StoreSettings};
+use crate::repository::testing::sim::{PAGE, SimStore};
 use crate::repository::{BackupId, Generation, Incarnation, Key, Repository, catalogue, generation};
 use crate::util::digest::Digest;
 
