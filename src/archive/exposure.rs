@@ -4,9 +4,10 @@
 //! number, counts from the earliest of it: exposure is never said to be less than it was.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
+use tokio::time::Instant;
 
 use crate::pg::Lsn;
 

@@ -6,10 +6,11 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::uploader::StoreTrouble;
@@ -126,13 +127,13 @@ struct Asker {
 
 impl Asker {
     async fn run(mut self, mut trouble: watch::Receiver<StoreTrouble>, cancel: CancellationToken) {
-        let mut next_claim = tokio::time::Instant::now();
+        let mut next_claim = Instant::now();
         let mut synchronous = false;
         loop {
             let stalled = trouble.borrow_and_update().is_some();
             let work = async {
-                if tokio::time::Instant::now() >= next_claim && !stalled {
-                    next_claim = tokio::time::Instant::now() + self.asking.coverage_interval;
+                if Instant::now() >= next_claim && !stalled {
+                    next_claim = Instant::now() + self.asking.coverage_interval;
                     self.claim().await;
                 }
                 if stalled {

@@ -3,7 +3,9 @@
 //! Exposure (the age of the oldest received byte that is not stored) stays within `rpo`: a part starts at the latest
 //! `rpo`/2 after its first byte, earlier when recent PUTs took long. `rpo` zero: at once, whenever a PUT may start.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 /// How much the newest latency counts in the running mean.
 const WEIGHT: f64 = 0.2;

@@ -8,10 +8,11 @@
 //! Invariants: `reported ≤ stored contiguous end`; `received - stored ≤ buffer_bytes_max` + one message.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::assembler::{Assembler, Unit};
@@ -135,7 +136,7 @@ impl<'a> Stream<'a> {
                 return Ended::Timeline { next, switch_lsn };
             }
             let due = self.pacing.due().filter(|_| self.may_put_part());
-            let wake = tokio::time::Instant::from_std(due.unwrap_or_else(|| Instant::now() + STATUS_INTERVAL));
+            let wake = due.unwrap_or_else(|| Instant::now() + STATUS_INTERVAL);
             if self.uploader.has_failed() {
                 return Ended::Lost(ReplicationError::Protocol("an upload of ours ended unexpectedly".to_owned()));
             }
@@ -360,7 +361,7 @@ impl<'a> Stream<'a> {
         let stored = StoredStream { timeline, start_lsn: self.contiguous_from, end_lsn: self.progress.reported() };
         self.context.status.send_modify(|s| {
             if s.state != state {
-                s.since = Instant::now();
+                s.since = std::time::Instant::now();
                 s.state = state;
             }
             s.timeline = Some(timeline);

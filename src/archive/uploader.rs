@@ -5,11 +5,12 @@
 //!
 //! Invariants: at most `puts_in_flight` requests at once; a job ends only stored or cancelled.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::pg::{Lsn, SegmentSize, TimelineId};
