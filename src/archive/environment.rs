@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::housekeeping;
 use super::indexing;
@@ -354,7 +355,7 @@ impl Archiver {
         let (reader, sender) = stream.split();
         let uploader = Uploader::new(destination.clone(), self.settings.puts_in_flight, trouble);
         let leave = cancel.child_token();
-        let watching = tokio::spawn(others.run(leave.clone()));
+        let watching = AbortOnDropHandle::new(tokio::spawn(others.run(leave.clone())));
         let (ended, _reader) = Stream::new(context, resume.clone(), sender, uploader).run(reader, &leave).await;
         leave.cancel();
         let _ = watching.await;

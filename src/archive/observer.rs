@@ -9,9 +9,9 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use super::uploader::StoreTrouble;
 use crate::pg::{Lsn, TimelineId, Timestamp};
@@ -47,11 +47,11 @@ pub enum Observation {
     Stopping,
 }
 
-/// The receiving end, and the clock that the stream carries.
+/// The receiving end, and the clock that the stream carries. Who asks ends with it, however that goes.
 pub struct Observer {
     observations: mpsc::Receiver<Observation>,
     server_time: Arc<AtomicI64>,
-    task: JoinHandle<()>,
+    task: AbortOnDropHandle<()>,
     cancel: CancellationToken,
 }
 
@@ -72,7 +72,7 @@ impl Observer {
         let cancel = CancellationToken::new();
         let asker =
             Asker { asking, sender, server_time: server_time.clone(), run: rand::random(), last: None, sql: None };
-        let task = tokio::spawn(asker.run(trouble, cancel.clone()));
+        let task = AbortOnDropHandle::new(tokio::spawn(asker.run(trouble, cancel.clone())));
         Observer { observations, server_time, task, cancel }
     }
 
@@ -150,7 +150,8 @@ impl Asker {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => return,
-                _ = trouble.changed() => {}
+                // Without an uploader there is no stream either: nobody wants to know any more.
+                changed = trouble.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep(pause) => {}
             }
         }
@@ -256,6 +257,31 @@ fn warn_of_waits(waits: &[SyncWait]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn asking() -> Asking {
+        let connect = "host=/nowhere user=u dbname=d".parse().expect("a connection string");
+        Asking { connect, host_index: 0, coverage_interval: Duration::from_secs(60), walsender_pid: 1 }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_asks_ends_with_the_stream_that_it_serves() {
+        let (uploader, trouble) = watch::channel(None);
+        let observer = Observer::start(asking(), trouble);
+        tokio::time::sleep(Duration::from_secs(100)).await;
+        assert!(!observer.task.is_finished());
+        drop(uploader);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(observer.task.is_finished());
+
+        let (_uploader, trouble) = watch::channel(None);
+        let observer = Observer::start(asking(), trouble);
+        let held = Arc::downgrade(&observer.server_time);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(held.upgrade().is_some());
+        drop(observer);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert!(held.upgrade().is_none());
+    }
 
     #[test]
     fn a_clock_set_back_is_noticed_although_it_is_later_than_at_the_last_reading() {
