@@ -107,12 +107,14 @@ impl<'a> Reach<'a> {
         Unreachable::InGap { gap, noted, nearest: self.nearest(gap.start_lsn) }
     }
 
-    /// The nearest places on both sides that surely work: ends of reachable WAL, ends of backups.
+    /// The nearest places on both sides that surely work: proven moments, and ends of backups.
     pub fn nearest(&self, lsn: Lsn) -> Nearest {
-        let earlier = self.claims.iter().rev().find(|claim| claim.lsn <= lsn && self.is_reachable(claim.lsn));
-        let earlier = earlier.map(|claim| self.place(claim.lsn, Some(claim.until())));
-        let later = self.backups.iter().find(|(backup, _)| backup.stop_lsn >= lsn);
-        let later = later.map(|(backup, _)| self.place(backup.stop_lsn, Some(backup.stop_time)));
+        let end_of = |(backup, _): &(&BackupPoint, Lsn)| self.place(backup.stop_lsn, Some(backup.stop_time));
+        let claim = self.claims.iter().rev().find(|claim| claim.lsn <= lsn && self.is_reachable(claim.lsn));
+        let claim = claim.map(|claim| self.place(claim.lsn, Some(claim.until())));
+        let backup = self.backups.iter().rev().find(|(backup, _)| backup.stop_lsn <= lsn).map(end_of);
+        let earlier = claim.into_iter().chain(backup).max_by_key(|place| place.lsn);
+        let later = self.backups.iter().find(|(backup, _)| backup.stop_lsn >= lsn).map(end_of);
         Nearest { earlier, later }
     }
 

@@ -252,6 +252,19 @@ fn a_time_between_two_clocks_is_the_state_at_the_fork() {
     archive.check("latest on 5", "UnknownTimeline");
 }
 
+/// Nothing has been proven since the backup ended: its end is a moment all the same.
+#[test]
+fn without_a_claim_the_moment_before_lost_wal_is_the_end_of_a_backup() {
+    let mut archive = Archive::new(&[(120, 20.0)], 150);
+    archive.stored.add(ONE, at(300), at(500));
+    archive.index(ONE, 300, 500, &[(350, 60.0)]);
+    archive.check("at:200", "InGap: 110");
+    archive.backup("b2", ONE, 320, 340, 55.0);
+    archive.check("at:200", "InGap: 110, 340");
+    archive.claim(ONE, "a", 25.0, 130);
+    archive.check("at:200", "InGap: 130, 340");
+}
+
 #[test]
 fn lost_wal_is_not_jumped() {
     let mut archive = Archive::new(&[(120, 20.0)], 150);
