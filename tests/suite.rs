@@ -27,6 +27,7 @@ mod diverged;
 mod during_backup;
 mod end_to_end;
 mod fuzz;
+mod gap;
 mod harness;
 mod incarnation;
 mod incident;
