@@ -33,6 +33,7 @@ mod incarnation;
 mod incident;
 mod instance;
 mod keys;
+mod killed;
 mod loss;
 mod owners;
 mod reader;
