@@ -14,6 +14,7 @@ use crate::pg::Lsn;
 use crate::repository::crypto::MasterKey;
 use crate::repository::layout::Key;
 use crate::repository::testing::*;
+use crate::util::throttle::Throttle;
 
 async fn check_round_trip(master: Option<&MasterKey>) {
     let world = World::with_backup(master).await;
@@ -43,6 +44,21 @@ async fn a_backup_and_its_wal_come_back() {
 #[tokio::test]
 async fn an_encrypted_backup_and_its_wal_come_back() {
     check_round_trip(Some(&MasterKey::new([3; 32]))).await;
+}
+
+/// That a throttle holds its rate is tested beside it; here, that nothing that is fetched goes past it.
+#[tokio::test]
+async fn every_byte_that_a_restore_fetches_is_held_to_the_rate() {
+    let mut world = World::with_backup(None).await;
+    let plan = world.plan(stop(0x80_5000)).await.expect("plan");
+    let throttle = Arc::new(Throttle::new(u64::MAX));
+    world.repository = world.repository.throttled(Some(throttle.clone()));
+    let progress = Arc::new(Progress::default());
+    let options = world.options("data");
+    run::run(&world.repository, plan.clone(), &world.path("data"), &options, progress.clone()).await.expect("restore");
+    world.assert_restored("data", &files());
+    let (fetched, held) = (progress.fetched_bytes.load(Ordering::Relaxed), throttle.taken_bytes());
+    assert!(fetched > 0 && held >= fetched + plan.wal_fetch_bytes, "{held} of {fetched} and {}", plan.wal_fetch_bytes);
 }
 
 #[tokio::test]

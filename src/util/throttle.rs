@@ -14,17 +14,32 @@ pub struct Throttle {
     bytes_per_second: u64,
     /// When all that was taken so far has had its time.
     free_at: Mutex<Instant>,
+    #[cfg(test)]
+    taken_bytes: std::sync::atomic::AtomicU64,
 }
 
 impl Throttle {
     pub fn new(bytes_per_second: u64) -> Self {
-        Throttle { bytes_per_second: bytes_per_second.max(1), free_at: Mutex::new(Instant::now()) }
+        Throttle {
+            bytes_per_second: bytes_per_second.max(1),
+            free_at: Mutex::new(Instant::now()),
+            #[cfg(test)]
+            taken_bytes: Default::default(),
+        }
+    }
+
+    /// All that was taken so far.
+    #[cfg(test)]
+    pub fn taken_bytes(&self) -> u64 {
+        self.taken_bytes.load(std::sync::atomic::Ordering::Relaxed)
     }
 
     /// Takes so many bytes, and waits until the ones before have had their time.
     ///
     /// Cancel safety: what was taken stays taken.
     pub async fn take(&self, bytes: u64) {
+        #[cfg(test)]
+        self.taken_bytes.fetch_add(bytes, std::sync::atomic::Ordering::Relaxed);
         let begin = self.reserve(bytes, Instant::now());
         tokio::time::sleep_until(begin).await;
     }

@@ -227,3 +227,23 @@ async fn a_job_that_waits_can_be_cancelled_and_a_damaged_last_state_does_not_hid
     let found = job::find(&repository, &waits).await.expect("read").expect("found");
     assert_eq!(found.state, JobState::Queued);
 }
+
+#[tokio::test]
+async fn restores_and_sandboxes_share_the_rate_of_the_limits_and_nothing_else_is_held_to_it() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let text = format!(
+        "[limits]\nrestore_bandwidth_max = \"64KiB\"\n[environment.shop]\nrepository = \"file://{}/repository\"\n",
+        dir.path().display()
+    );
+    let config = Config::parse(&text, Path::new("config.toml")).expect("a configuration");
+    let cancel = CancellationToken::new();
+    let jobs = Jobs::start(Repositories::new(&config), "here".into(), config.limits, cancel.clone());
+    let restore = jobs.throttle(JobKind::Restore).expect("a rate");
+    let sandbox = jobs.throttle(JobKind::Sandbox).expect("a rate");
+    assert!(Arc::ptr_eq(&restore, &sandbox), "one rate for all of them");
+    for kind in [JobKind::Backup, JobKind::Prune, JobKind::Verify, JobKind::Incident] {
+        assert!(jobs.throttle(kind).is_none(), "{kind:?}");
+    }
+    cancel.cancel();
+    assert!(jobs.stopped(STEP).await, "every job ends");
+}
