@@ -5,5 +5,6 @@
 
 mod calls_tests;
 mod model_tests;
+mod thirty_days_tests;
 mod window_tests;
 mod world_tests;
