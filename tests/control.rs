@@ -103,6 +103,60 @@ fn curl_takes_a_backup_restores_and_reads_the_record() {
     assert_eq!(record["problems"], json!([]));
 }
 
+/// The generation under which the daemon archives: the newest lease.
+fn leases(store: &Path) -> Vec<String> {
+    let leases = std::fs::read_dir(store.join("repository/shop/lease")).expect("the leases").flatten();
+    leases.map(|lease| lease.file_name().to_string_lossy().into_owned()).collect()
+}
+
+#[test]
+fn pins_and_prunes_go_through_the_daemon_under_its_own_generation() {
+    let mut host = host();
+    let of_shop = |rest: &str| format!("environments/shop/{rest}");
+    let name = "audit of May";
+    let asked = json!({ "name": name, "at": "latest", "until": "2100-01-01 00:00 UTC" });
+    let (status, added) = host.curl("POST", &of_shop("pins"), &asked);
+    assert_eq!((status.as_str(), &added["pin"]["name"]), ("200", &json!(name)), "{added}");
+    assert_eq!(host.curl("POST", &of_shop("pins"), &asked).0, "409", "the name is taken");
+    let (_, listed) = host.curl("GET", &of_shop("pins"), &json!({}));
+    assert_eq!(listed["pins"][0]["backup"], added["pin"]["backup"], "{listed}");
+    assert!(listed["text"].as_str().is_some_and(|text| text.contains("until 2100-01-01")), "{listed}");
+    assert_eq!(host.pgrecall.json(&["pin", "list", "shop"])["pins"], listed["pins"], "the command says the same");
+
+    let (status, planned) = host.curl("POST", &of_shop("prune/plan"), &json!({}));
+    assert_eq!((status.as_str(), &planned["objects_unlisted"]), ("200", &json!(0)), "{planned}");
+    let of_kind = |kind: &str| {
+        let objects = planned["objects"].as_array().expect("objects").iter();
+        objects.filter(|judged| judged["object"].as_str().is_some_and(|name| name.starts_with(kind))).count()
+    };
+    assert_eq!((of_kind("pins/"), of_kind("identity/")), (1, 1), "{planned}");
+    assert!(planned["text"].as_str().is_some_and(|text| text.contains("keep   identity/")), "{planned}");
+
+    let before = leases(host.store.path());
+    let (status, accepted) = host.curl("POST", &of_shop("prune"), &json!({ "ticket": "T-1" }));
+    assert_eq!(status, "202", "{accepted}");
+    let job = accepted["job"].as_str().expect("an id");
+    let (_, ended) = host.curl("GET", &format!("jobs/{job}/follow"), &json!({}));
+    assert_eq!((&ended["kind"], &ended["state"]), (&json!("prune"), &json!("done")), "{ended}");
+    assert!(ended["result"]["window_end"].is_string(), "{ended}");
+    // Whoever may read the store does not take the generation from the daemon either.
+    let pruned = host.pgrecall.json(&["prune", "shop"]);
+    assert_eq!(pruned["dropped"], json!([]), "{pruned}");
+    assert_eq!(leases(host.store.path()), before);
+    host.pgrecall.run(&["backup", "shop"]);
+
+    let (status, removed) = host.curl("DELETE", &of_shop("pins/audit%20of%20May"), &json!({}));
+    assert_eq!((status.as_str(), &removed["pin"]["name"]), ("200", &json!(name)), "{removed}");
+    assert_eq!(host.curl("DELETE", &of_shop("pins/audit%20of%20May"), &json!({})).0, "404");
+    host.pgrecall.stop();
+    let record = host.pgrecall.json(&["audit", "shop"]);
+    let acts = record["acts"].as_array().expect("acts").iter();
+    let names: Vec<_> = acts.filter_map(|act| act["request"].as_str()).collect();
+    let wanted =
+        ["pin-add", "pin-add", "pin-add", "prune", "prune", "backup", "pin-remove", "pin-remove", "pin-remove"];
+    assert_eq!(names, wanted, "{record}");
+}
+
 #[test]
 fn a_daemon_that_was_killed_knows_what_it_was_doing_and_begins_nothing_twice() {
     let mut host = host();

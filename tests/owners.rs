@@ -24,7 +24,7 @@ fn an_owner_that_sleeps_too_long_and_wakes_up_makes_nothing_visible_and_loses_no
     let mut random = StdRng::seed_from_u64(seed);
     let primary = ledger::keep_wal(Cluster::builder(NEWEST).setting("wal_sender_timeout", "2s")).start();
     let shop = Environment::new("shop", Store::Bucket(Minio::shared(), "owners".into())).cluster(&primary);
-    let mut hosts = [Pgrecall::new(&[shop.clone()]), Pgrecall::new(&[shop])];
+    let mut hosts = [Pgrecall::new(std::slice::from_ref(&shop)), Pgrecall::new(std::slice::from_ref(&shop))];
     for host in &mut hosts {
         // That the other one is there is said again and again.
         host.announce("");

@@ -105,15 +105,21 @@ fn what_has_left_the_window_goes_and_every_moment_of_it_stays() {
     let repository = past.repository();
     let old = files(&repository);
     let all = backups(&past.host);
-    past.host.run(&["prune", "shop", "--dry-run"]);
+    let planned = past.host.json(&["prune", "shop", "--dry-run"]);
+    let goes = |judged: &&serde_json::Value| judged["keep"] == false && judged["reason"].is_string();
+    assert!(planned["objects"].as_array().unwrap().iter().any(|judged| goes(&judged)), "{planned}");
+    let to_drop: Vec<_> = planned["dropped"].as_array().unwrap().iter().map(|outcome| &outcome["backup"]).collect();
+    assert!(past.host.run(&["prune", "shop", "--dry-run"]).contains("would be dropped"));
     assert_eq!(files(&repository), old, "nothing was changed");
     past.host.run(&["prune", "shop"]);
     let kept = backups(&past.host);
     assert!(kept.len() < all.len() && all.ends_with(&kept), "{all:?}, {kept:?}");
+    assert!(to_drop.iter().copied().eq(all.iter().take(all.len() - kept.len())), "{to_drop:?}");
     // For a day whoever found the dropped ones before may read them.
     assert!(all.iter().all(|id| past.has_packs(id)));
     past.age_the_dropped();
-    past.host.run(&["prune", "shop"]);
+    let pruned = past.host.json(&["prune", "shop"]);
+    assert!(pruned["objects"].as_array().is_some_and(|objects| !objects.is_empty()), "{pruned}");
     assert!(all.iter().all(|id| past.has_packs(id) == kept.contains(id)), "{all:?}, {kept:?}");
     past.host.run(&["verify", "shop", "--read-data"]);
 

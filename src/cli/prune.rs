@@ -1,21 +1,18 @@
 //! `pgrecall prune ENV`: removes what has left the recovery window; `--dry-run` says of every object why.
 
-use std::fmt::Write as _;
-
 use clap::Args;
-use serde::Serialize;
+use hyper::Method;
 use tokio_util::sync::CancellationToken;
 
 use super::output::Output;
-use super::{Context, EnvironmentArgument, interrupted};
+use super::{Context, EnvironmentArgument, interrupted, remote, until_interrupted};
 use crate::config::{Config, Environment};
 use crate::control::client::{Client, ClientError};
-use crate::error::{Code, Failure};
-use crate::operations::prune;
+use crate::error::Failure;
+use crate::operations::prune::{self, Judged};
 use crate::repository::store::Object;
 use crate::retention::prune::{Observer, Report};
 use crate::retention::reason::Verdict;
-use crate::util::units::show_bytes;
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -27,99 +24,115 @@ pub struct Arguments {
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    let path = format!("/v1/environments/{}/prune", arguments.environment.name);
+    if let Some(client) = context.daemon_of_another() {
+        return match arguments.dry_run {
+            true => {
+                let path = format!("{path}/plan");
+                until_interrupted(remote::show(context, &client, Method::POST, &path, None)).await
+            }
+            false => ask(context, &client, &path).await,
+        };
+    }
     let config = context.load_config()?;
     let environment = arguments.environment.find(&config)?;
-    let repository = environment.open_repository().await?;
-    let mut printer = Printer { output: context.output };
     if arguments.dry_run {
-        let report = prune::explain(&repository, environment.window, &mut printer).await?;
-        context.output.result(&report, |report| show(report, "would be removed", "would be dropped"));
-        return Ok(());
+        return until_interrupted(explain(context, environment)).await;
     }
-    refuse_beside_daemon(&config, environment).await?;
+    match daemon_of(&config, environment).await? {
+        Some(client) => ask(context, &client, &path).await,
+        None => alone(context, environment).await,
+    }
+}
+
+/// The daemon that looks after the environment: a generation of one's own would stop its backups.
+async fn daemon_of(config: &Config, environment: &Environment) -> Result<Option<Client>, Failure> {
+    let client = Client::new(&config.control_socket);
+    match client.status().await {
+        Err(ClientError::NoDaemon(_)) => Ok(None),
+        Err(ClientError::Failed(failure)) => Err(failure),
+        Ok(status) => {
+            let is_known = status.environments.iter().any(|known| known.name == environment.name.as_str());
+            Ok(is_known.then_some(client))
+        }
+    }
+}
+
+async fn ask(context: &Context, client: &Client, path: &str) -> Result<(), Failure> {
+    let report = remote::run_job(context, client, path, &serde_json::json!({})).await?;
+    remote::show_end(context, report)
+}
+
+async fn explain(context: &Context, environment: &Environment) -> Result<(), Failure> {
+    let repository = environment.open_repository().await?;
+    let mut printer = Printer::new(context.output);
+    let outcome = prune::explain(&repository, environment.window, &mut printer).await;
+    printer.end(outcome.as_ref().ok(), &prune::PLANNED);
+    outcome.map(|_| ())
+}
+
+async fn alone(context: &Context, environment: &Environment) -> Result<(), Failure> {
+    let repository = environment.open_repository().await?;
     let generation = prune::take_generation(&repository).await?;
+    let mut printer = Printer::new(context.output);
     let cancel = CancellationToken::new();
-    let work = prune::run(&repository, generation, environment.window, &mut printer, cancel.clone());
-    let mut work = std::pin::pin!(work);
-    let report = tokio::select! {
-        report = &mut work => report?,
-        () = interrupted() => {
-            cancel.cancel();
-            work.await?
+    let outcome = {
+        let work = prune::run(&repository, generation, environment.window, &mut printer, cancel.clone());
+        let mut work = std::pin::pin!(work);
+        tokio::select! {
+            outcome = &mut work => outcome,
+            () = interrupted() => {
+                cancel.cancel();
+                work.await
+            }
         }
     };
-    context.output.result(&report, |report| show(report, "removed", "dropped"));
-    if report.refused > 0 {
-        let message = format!("prune {}: the store refused {} deletes", environment.name, report.refused);
-        return Err(Failure::new(Code::Store, message)
-            .hint("Grant the right to delete, or wait for the objects' lock to end; the next prune tries again."));
-    }
-    Ok(())
+    printer.end(outcome.as_ref().ok(), &prune::DONE);
+    prune::judge(environment.name.as_str(), &outcome?)
 }
 
-/// A generation of one's own would stop the backups of a running daemon.
-async fn refuse_beside_daemon(config: &Config, environment: &Environment) -> Result<(), Failure> {
-    match Client::new(&config.control_socket).status().await {
-        Err(ClientError::NoDaemon(_)) => Ok(()),
-        Err(ClientError::Failed(failure)) => Err(failure),
-        Ok(status) if status.environments.iter().any(|known| known.name == environment.name.as_str()) => {
-            let message = format!("prune {}: a daemon is running, and prunes it once a day itself", environment.name);
-            Err(Failure::new(Code::Conflict, message).hint("`pgrecall prune --dry-run` says what is kept and why."))
-        }
-        Ok(_) => Ok(()),
-    }
-}
-
-/// Prints each object as it is judged: there may be millions.
+/// Prints each object as it is judged: there may be millions. With `--json` they are a list in the one document, before what is in
+/// the report; the list ends where the prune failed.
 struct Printer {
     output: Output,
+    is_begun: bool,
 }
 
-#[derive(Serialize)]
-struct Line<'a> {
-    object: &'a str,
-    bytes: u64,
-    keep: bool,
-    reason: String,
+impl Printer {
+    fn new(output: Output) -> Self {
+        Printer { output, is_begun: false }
+    }
+
+    fn begin(&mut self) -> &'static str {
+        match std::mem::replace(&mut self.is_begun, true) {
+            true => ",",
+            false => "{\"objects\": [\n",
+        }
+    }
+
+    fn end(mut self, report: Option<&Report>, words: &prune::Words) {
+        match report {
+            Some(report) if self.output.is_json() => {
+                let begin = if self.is_begun { "" } else { self.begin() };
+                let report = serde_json::to_string(report).expect("our own types are representable in JSON");
+                self.output.line(format_args!("{begin}],{}", report.trim_start_matches('{')));
+            }
+            Some(report) => self.output.line(prune::show(report, words).trim_end()),
+            None if self.output.is_json() && self.is_begun => self.output.line("]}"),
+            None => {}
+        }
+    }
 }
 
 impl Observer for Printer {
     fn object(&mut self, object: &Object, verdict: &Verdict) {
-        let (key, bytes, reason) = (object.key.as_str(), object.bytes, verdict.reason().to_string());
-        let keep = verdict.is_keep();
+        let judged = Judged::new(object, verdict);
         if self.output.is_json() {
-            if let Ok(line) = serde_json::to_string(&Line { object: key, bytes, keep, reason }) {
-                self.output.line(line);
-            }
-            return;
-        }
-        self.output.line(format_args!("{} {key}: {reason}", if keep { "keep  " } else { "remove" }));
-    }
-}
-
-fn show(report: &Report, removed: &str, dropped: &str) -> String {
-    let mut text = String::new();
-    if let (Some(start), Some(end)) = (&report.window_start, &report.window_end) {
-        let _ = writeln!(text, "window: {start} to {end}");
-    }
-    for outcome in &report.dropped {
-        let _ = writeln!(text, "backup {} {dropped}: {}", outcome.backup, outcome.reason);
-    }
-    for outcome in &report.taken_back {
-        let _ = writeln!(text, "backup {} stays: {}", outcome.backup, outcome.reason);
-    }
-    for (sums, what) in [(&report.removed, removed), (&report.kept, "kept")] {
-        for (kind, sum) in sums {
-            let _ = writeln!(text, "{what}: {} {kind}, {}", sum.objects, show_bytes(sum.bytes));
+            let text = serde_json::to_string(&judged).expect("our own types are representable in JSON");
+            let begin = self.begin();
+            self.output.line(format_args!("{begin}{text}"));
+        } else {
+            self.output.line(judged.show());
         }
     }
-    let total = report.removed_total();
-    let _ = writeln!(text, "{removed} in all: {} objects, {}", total.objects, show_bytes(total.bytes));
-    for refusal in &report.refusals {
-        let _ = writeln!(text, "refused: {refusal}");
-    }
-    for remark in &report.remarks {
-        let _ = writeln!(text, "note: {remark}");
-    }
-    text
 }

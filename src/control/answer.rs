@@ -12,6 +12,7 @@ use super::auth::Permit;
 use super::protocol::{JobReport, Jobs, Status};
 use super::request::{Asked, ControlRequest};
 use crate::daemon::jobs::backup::BackupWork;
+use crate::daemon::jobs::prune::PruneWork;
 use crate::daemon::jobs::restore::{RestoreAsked, RestoreWork};
 use crate::daemon::jobs::verify::VerifyWork;
 use crate::daemon::jobs::{Asker, JobId, JobKind, JobRecord, JobSpec, JobState, Via, Work};
@@ -62,12 +63,16 @@ pub async fn answer(permit: &Permit, service: &Service, job: Option<JobId>) -> R
             desk.find(job).map(|record| document(&JobReport::from(&record)))
         }
         R::Reload => service.reload().await.map(shown),
-        R::Pins { environment } => service.pins(environment).await.map(Answer::Document),
-        R::PinAdd { environment, body } => {
-            service.add_pin(environment, body, &permit.caller().user).await.map(Answer::Document)
+        R::Pins { environment } => service.pins(environment).await.map(shown),
+        R::PinAdd { environment, body } => service.add_pin(environment, body, &permit.caller().user).await.map(shown),
+        R::PinRemove { environment, pin } => service.remove_pin(environment, pin).await.map(shown),
+        R::Prune { environment, asked } => {
+            // Refused at once where the job could only fail.
+            service.handle.watch(environment)?;
+            let work = Arc::new(PruneWork(service.handle.clone()));
+            desk.begin(environment, JobKind::Prune, asked.ticket.as_deref(), work).await
         }
-        R::PinRemove { environment, pin } => service.remove_pin(environment, pin).await.map(Answer::Document),
-        R::Prune { .. } | R::PrunePlan { .. } => Err(not_available(permit)),
+        R::PrunePlan { environment } => service.prune_plan(environment).await.map(shown),
         R::Sandboxes
         | R::SandboxOpen { .. }
         | R::SandboxConnect { .. }

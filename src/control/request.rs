@@ -16,10 +16,12 @@ use crate::daemon::jobs::verify::VerifyAsked;
 use crate::daemon::service::TargetAsked;
 use crate::error::{Code, Failure};
 use crate::util::nearest::nearest;
+use crate::util::percent;
 
 /// Acts that `audit` shows when nobody says how many.
 const AUDIT_SHOWN: usize = 1000;
 const NAME_CHARACTERS_MAX: usize = 64;
+const PIN_CHARACTERS_MAX: usize = 200;
 
 /// A request, with everything that it says.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,8 +32,8 @@ pub enum ControlRequest {
     Backup { environment: String, asked: Asked<NoMore> },
     Restore { environment: String, asked: Asked<RestoreAsked> },
     Verify { environment: String, asked: Asked<VerifyAsked> },
-    Prune { environment: String, asked: Asked<Value> },
-    PrunePlan { environment: String, body: Value },
+    Prune { environment: String, asked: Asked<NoMore> },
+    PrunePlan { environment: String },
     Pins { environment: String },
     PinAdd { environment: String, body: Value },
     PinRemove { environment: String, pin: String },
@@ -135,7 +137,7 @@ impl ControlRequest {
             | R::Restore { environment, .. }
             | R::Verify { environment, .. }
             | R::Prune { environment, .. }
-            | R::PrunePlan { environment, .. }
+            | R::PrunePlan { environment }
             | R::Pins { environment }
             | R::PinAdd { environment, .. }
             | R::PinRemove { environment, .. }
@@ -160,12 +162,10 @@ impl ControlRequest {
     pub fn idempotency_key(&self) -> Option<&str> {
         use ControlRequest as R;
         match self {
-            R::Backup { asked, .. } => asked.idempotency_key.as_deref(),
+            R::Backup { asked, .. } | R::Prune { asked, .. } => asked.idempotency_key.as_deref(),
             R::Restore { asked, .. } => asked.idempotency_key.as_deref(),
             R::Verify { asked, .. } => asked.idempotency_key.as_deref(),
-            R::Prune { asked, .. } | R::SandboxOpen { asked, .. } | R::IncidentOpen { asked, .. } => {
-                asked.idempotency_key.as_deref()
-            }
+            R::SandboxOpen { asked, .. } | R::IncidentOpen { asked, .. } => asked.idempotency_key.as_deref(),
             _ => None,
         }
     }
@@ -247,11 +247,8 @@ impl ControlRequest {
             R::Plan { target, .. } => document(target),
             R::Restore { asked, .. } => document(&asked.words),
             R::Verify { asked, .. } => document(&asked.words),
-            R::Prune { asked, .. } | R::SandboxOpen { asked, .. } | R::IncidentOpen { asked, .. } => {
-                asked.words.clone()
-            }
-            R::PrunePlan { body, .. }
-            | R::PinAdd { body, .. }
+            R::SandboxOpen { asked, .. } | R::IncidentOpen { asked, .. } => asked.words.clone(),
+            R::PinAdd { body, .. }
             | R::SandboxExtend { body, .. }
             | R::SandboxRelease { body, .. }
             | R::IncidentClose { body, .. } => body.clone(),
@@ -271,12 +268,10 @@ impl ControlRequest {
     pub fn ticket(&self) -> Option<&str> {
         use ControlRequest as R;
         match self {
-            R::Backup { asked, .. } => asked.ticket.as_deref(),
+            R::Backup { asked, .. } | R::Prune { asked, .. } => asked.ticket.as_deref(),
             R::Restore { asked, .. } => asked.ticket.as_deref(),
             R::Verify { asked, .. } => asked.ticket.as_deref(),
-            R::Prune { asked, .. } | R::SandboxOpen { asked, .. } | R::IncidentOpen { asked, .. } => {
-                asked.ticket.as_deref()
-            }
+            R::SandboxOpen { asked, .. } | R::IncidentOpen { asked, .. } => asked.ticket.as_deref(),
             R::Incident { ticket, .. } | R::IncidentClose { ticket, .. } => Some(ticket),
             _ => None,
         }
@@ -358,11 +353,11 @@ fn parse_of_environment(input: &Input<'_>, environment: String, rest: &[&str]) -
         ["backup"] => input.ask(|asked| R::Backup { environment, asked }),
         ["restore"] => input.ask(|asked| R::Restore { environment, asked }),
         ["verify"] => input.ask(|asked| R::Verify { environment, asked }),
-        ["prune", "plan"] => input.post(R::PrunePlan { environment, body: input.object()? }),
+        ["prune", "plan"] => input.post_with(|NoMore {}| R::PrunePlan { environment }),
         ["prune"] => input.ask(|asked| R::Prune { environment, asked }),
         ["pins"] if posts => input.post(R::PinAdd { environment, body: input.object()? }),
         ["pins"] => input.get(R::Pins { environment }),
-        ["pins", pin] => input.with(&Method::DELETE, R::PinRemove { environment, pin: name(pin)? }),
+        ["pins", pin] => input.with(&Method::DELETE, R::PinRemove { environment, pin: pin_name(pin)? }),
         ["audit"] => {
             let count = |text: &str| text.parse().map_err(|_| malformed("last is a number of acts"));
             let shown = input.query("last")?.map(count).transpose()?.unwrap_or(AUDIT_SHOWN);
@@ -471,6 +466,14 @@ fn name(text: &str) -> Result<String, ParseError> {
     }
     let rule = format!("1 to {NAME_CHARACTERS_MAX} letters, digits, or - _ . : + @ #");
     Err(malformed(format!("{:?} is not a name ({rule})", shortened(text))))
+}
+
+/// The name of a pin, which people choose as they like.
+fn pin_name(segment: &str) -> Result<String, ParseError> {
+    let fits = |name: &String| (1..=PIN_CHARACTERS_MAX).contains(&name.chars().count());
+    percent::decode(segment).filter(fits).ok_or_else(|| {
+        malformed(format!("{:?} is not the name of a pin (1 to {PIN_CHARACTERS_MAX} characters)", shortened(segment)))
+    })
 }
 
 fn malformed(what: impl std::fmt::Display) -> ParseError {

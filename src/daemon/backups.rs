@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, error, info, warn};
 
-use super::handle::{ProgressSender, Request};
+use super::handle::ProgressSender;
 use super::jobs::backup::BackupWork;
 use super::jobs::{Asker, JobKind, JobRecord, JobSpec, Jobs, Via};
 use super::schedule::{Now, Schedule, Timetable};
@@ -62,7 +62,7 @@ pub struct OwnBackups {
     pub jobs: Jobs,
     pub environment: String,
     /// To this environment's task.
-    pub requests: mpsc::Sender<Request>,
+    pub requests: mpsc::Sender<ProgressSender>,
 }
 
 struct Running {
@@ -370,7 +370,7 @@ impl OwnBackups {
         let (environment, requests) = (self.environment.clone(), self.requests.clone());
         let ask = move |unwanted| {
             let (progress, receiver) = ProgressSender::new(unwanted);
-            let sent = requests.try_send(Request::Backup { progress });
+            let sent = requests.try_send(progress);
             sent.map(|()| receiver).map_err(|_| {
                 Failure::new(Code::Cancelled, format!("ask {environment}: its task has ended or is busy")).retryable()
             })

@@ -75,7 +75,7 @@ impl Body for EnvironmentBody {
         let generation = take_generation(&repository, abilities).await?;
         info!(repository = repository.store().place(), %generation, "repository open");
         let mut archiving = self.start_archiving(&repository, generation, &context)?;
-        let _pruning = Pruning::start(repository.clone(), generation, self.environment.window, context.cancel.clone());
+        let pruning = Pruning::start(repository.clone(), generation, self.environment.window, context.cancel.clone());
         let job = BackupJob {
             repository: repository.throttled(self.backup_throttle.clone()),
             generation,
@@ -116,12 +116,11 @@ impl Body for EnvironmentBody {
                     context.snapshot.send_modify(|snapshot| snapshot.note_archive(&status, clock::now().into()));
                     backups.archive_changed();
                 }
-                Some(Request::Backup { progress }) = context.requests.recv() => {
-                    backups.asked(progress);
-                }
-                Some(Request::Backup { progress }) = own_requests.recv() => {
-                    backups.asked(progress);
-                }
+                Some(request) = context.requests.recv() => match request {
+                    Request::Backup { progress } => backups.asked(progress),
+                    Request::Prune(asked) => pruning.asked(asked),
+                },
+                Some(progress) = own_requests.recv() => backups.asked(progress),
                 () = backups.step() => {}
             }
         }

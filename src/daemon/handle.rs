@@ -13,6 +13,7 @@ use super::repositories;
 use super::snapshot::{BackupProgress, EnvironmentSnapshot, Snapshot};
 use crate::error::{Code, Failure};
 use crate::pg::Timestamp;
+use crate::retention::prune::Report;
 use crate::util::clock;
 
 /// Requests that wait for one environment; each is some bytes.
@@ -23,6 +24,16 @@ pub const REQUESTS_MAX: usize = 8;
 pub enum Request {
     /// Take a backup and say how it goes; the last value sent is final.
     Backup { progress: ProgressSender },
+    /// Remove what has left the window.
+    Prune(PruneAsked),
+}
+
+/// Somebody wants an environment to be pruned now. Dropped without an answer, it says that the task has ended.
+#[derive(Debug)]
+pub struct PruneAsked {
+    pub outcome: oneshot::Sender<Result<Report, Failure>>,
+    /// Fires when whoever asked does not want it any more.
+    pub unwanted: CancellationToken,
 }
 
 /// Tells whoever asked for a backup how it goes. Dropped before a final value, it says that the task has ended.
@@ -63,7 +74,15 @@ impl Request {
     pub fn refuse(self, failure: Failure) {
         match self {
             Request::Backup { progress } => progress.send(BackupProgress::Failed(failure)),
+            Request::Prune(asked) => asked.refuse(failure),
         }
+    }
+}
+
+impl PruneAsked {
+    pub fn refuse(self, failure: Failure) {
+        // Whoever asked may be gone.
+        let _ = self.outcome.send(Err(failure));
     }
 }
 
@@ -138,6 +157,19 @@ impl Handle {
         let (progress, receiver) = ProgressSender::new(unwanted);
         self.send(environment, Request::Backup { progress })?;
         Ok(receiver)
+    }
+
+    /// Has an environment's task prune it, under its own generation; ends early when `unwanted` fires.
+    ///
+    /// Cancel safety: dropping this future does not end the prune.
+    ///
+    /// # Errors
+    /// When there is no such environment, or it has too many requests waiting; and as the prune says.
+    pub async fn prune(&self, environment: &str, unwanted: CancellationToken) -> Result<Report, Failure> {
+        let (outcome, answer) = oneshot::channel();
+        self.send(environment, Request::Prune(PruneAsked { outcome, unwanted }))?;
+        let ended = || Failure::new(Code::Cancelled, format!("prune {environment}: its task has ended")).retryable();
+        answer.await.unwrap_or_else(|_| Err(ended().hint("The daemon's log says why; ask again.")))
     }
 
     /// What an environment's task says of itself, as it changes.

@@ -1,12 +1,15 @@
-//! Prunes an environment once a day, for as long as its task runs.
+//! Prunes an environment once a day, for as long as its task runs, and whenever somebody asks; one prune at a time.
 
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, info, warn};
 
-use crate::error::Code;
+use super::handle::{PruneAsked, REQUESTS_MAX};
+use crate::error::{Code, Failure};
 use crate::operations::prune;
 use crate::repository::{Generation, Repository};
 use crate::retention::prune::Report;
@@ -18,40 +21,87 @@ const EVERY: Duration = Duration::from_hours(24);
 const AGAIN: Duration = Duration::from_hours(1);
 
 /// The task; dropping this ends it where it is.
-pub struct Pruning(JoinHandle<()>);
+pub struct Pruning {
+    task: JoinHandle<()>,
+    requests: mpsc::Sender<PruneAsked>,
+}
 
 impl Drop for Pruning {
     fn drop(&mut self) {
-        self.0.abort();
+        self.task.abort();
     }
 }
 
 impl Pruning {
     /// Begins to prune, first within a quarter of an hour and another hour at random: many environments share one store.
     pub fn start(repository: Repository, generation: Generation, window: Duration, cancel: CancellationToken) -> Self {
+        let (requests, asked) = mpsc::channel(REQUESTS_MAX);
+        let pruner = Pruner { repository, generation, window, cancel };
+        Pruning { task: tokio::spawn(pruner.run(asked).instrument(Span::current())), requests }
+    }
+
+    /// Somebody asks for a prune: it follows the one that runs.
+    pub fn asked(&self, asked: PruneAsked) {
+        if let Err(error) = self.requests.try_send(asked) {
+            let failure = Failure::new(Code::Conflict, "prune: too many prunes wait already, or none can begin");
+            error.into_inner().refuse(failure.retryable());
+        }
+    }
+}
+
+struct Pruner {
+    repository: Repository,
+    generation: Generation,
+    window: Duration,
+    cancel: CancellationToken,
+}
+
+impl Pruner {
+    async fn run(self, mut requests: mpsc::Receiver<PruneAsked>) {
         let spread = Duration::from_hours(1).mul_f64(rand::random());
-        let work = async move {
-            let mut pause = FIRST + spread;
-            loop {
-                tokio::select! {
-                    biased;
-                    () = cancel.cancelled() => return,
-                    () = tokio::time::sleep(pause) => {}
+        let mut next = Instant::now() + FIRST + spread;
+        loop {
+            let asked = tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => return,
+                Some(asked) = requests.recv() => Some(asked),
+                () = tokio::time::sleep_until(next) => None,
+            };
+            match asked {
+                Some(asked) => {
+                    let outcome = self.prune(&asked.unwanted).await;
+                    if outcome.is_ok() {
+                        next = Instant::now() + EVERY;
+                    }
+                    // Whoever asked may be gone.
+                    let _ = asked.outcome.send(outcome);
                 }
-                pause = match prune::run(&repository, generation, window, &mut (), cancel.clone()).await {
-                    Ok(report) => {
-                        tell(&report);
-                        EVERY
-                    }
-                    Err(failure) if failure.code == Code::Cancelled => return,
-                    Err(failure) => {
-                        warn!(error = %failure, "prune: failed, will be tried again");
-                        AGAIN
-                    }
-                };
+                None => {
+                    next = Instant::now()
+                        + match self.prune(&self.cancel).await {
+                            Ok(_) => EVERY,
+                            Err(failure) => {
+                                if failure.code != Code::Cancelled {
+                                    warn!(error = %failure, "prune: failed, will be tried again");
+                                }
+                                AGAIN
+                            }
+                        };
+                }
             }
+        }
+    }
+
+    async fn prune(&self, unwanted: &CancellationToken) -> Result<Report, Failure> {
+        let mut nobody = ();
+        let work = prune::run(&self.repository, self.generation, self.window, &mut nobody, self.cancel.clone());
+        let report = tokio::select! {
+            biased;
+            () = unwanted.cancelled() => return Err(prune::cancelled()),
+            report = work => report?,
         };
-        Pruning(tokio::spawn(work.instrument(Span::current())))
+        tell(&report);
+        Ok(report)
     }
 }
 

@@ -19,6 +19,7 @@ use crate::lineage::moment::target::{ParseTargetError, parse_time};
 use crate::operations::pin::{self, PinRequest};
 use crate::operations::planned::Here;
 pub use crate::operations::planned::TargetAsked;
+use crate::operations::prune::Explained;
 pub use crate::operations::restore::wal_get_words;
 use crate::operations::state;
 use crate::pg::TimelineId;
@@ -38,15 +39,15 @@ pub struct Service {
 }
 
 /// A pin as it is asked for over the socket.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct PinAsked {
-    name: String,
-    at: String,
+pub struct PinAsked {
+    pub name: String,
+    pub at: String,
     #[serde(default)]
-    timeline: Option<u32>,
+    pub timeline: Option<u32>,
     /// A time with its zone.
-    until: String,
+    pub until: String,
 }
 
 /// An answer as a document and in words.
@@ -134,16 +135,17 @@ impl Service {
     ///
     /// # Errors
     /// As the store says.
-    pub async fn pins(&self, name: &str) -> Result<Value, Failure> {
-        let (_, repository) = self.open(name).await?;
-        Ok(serde_json::json!({ "pins": pin::list(&repository).await? }))
+    pub async fn pins(&self, name: &str) -> Result<Shown, Failure> {
+        let (environment, repository) = self.open(name).await?;
+        let pins = pin::list(&repository).await?;
+        Ok(Shown::new(&serde_json::json!({ "pins": pins }), pin::show_all(&pins, environment.time_zone)))
     }
 
     /// Keeps a moment beyond the window.
     ///
     /// # Errors
     /// When the words are wrong, the moment cannot be reached, or the store says so.
-    pub async fn add_pin(&self, name: &str, words: &Value, owner: &str) -> Result<Value, Failure> {
+    pub async fn add_pin(&self, name: &str, words: &Value, owner: &str) -> Result<Shown, Failure> {
         let asked: PinAsked = serde_json::from_value(words.clone())
             .map_err(|error| Failure::new(Code::Usage, format!("understand the pin: {error}")))?;
         let wrong = |error| Failure::new(Code::Usage, format!("understand the moment: {error}"));
@@ -153,19 +155,30 @@ impl Service {
         let timeline = asked.timeline.map(TimelineId);
         let moment = Request { target, exclusive: false, timeline };
         let request = PinRequest { name: asked.name, moment, until, owner: owner.to_owned() };
-        let (_, repository) = self.open(name).await?;
+        let (environment, repository) = self.open(name).await?;
         let report = pin::add(&repository, name, &request).await?;
-        Ok(serde_json::json!({ "pin": report }))
+        Ok(Shown::new(&serde_json::json!({ "pin": report }), report.show(environment.time_zone)))
     }
 
     /// Lets what was pinned go with the window again.
     ///
     /// # Errors
     /// When there is none of that name, and as the store says.
-    pub async fn remove_pin(&self, name: &str, pin: &str) -> Result<Value, Failure> {
+    pub async fn remove_pin(&self, name: &str, pin: &str) -> Result<Shown, Failure> {
         let (_, repository) = self.open(name).await?;
         let report = pin::remove(&repository, pin).await?;
-        Ok(serde_json::json!({ "pin": report }))
+        Ok(Shown::new(&serde_json::json!({ "pin": report }), report.show_removed()))
+    }
+
+    /// What the next prune does, and why.
+    ///
+    /// # Errors
+    /// As the store says, and when a clock is wrong.
+    pub async fn prune_plan(&self, name: &str) -> Result<Shown, Failure> {
+        let (environment, repository) = self.open(name).await?;
+        let explained = Explained::load(&repository, environment.window).await?;
+        let text = explained.show();
+        Ok(Shown::new(&explained, text))
     }
 
     async fn open(&self, name: &str) -> Result<(crate::config::Environment, crate::repository::Repository), Failure> {

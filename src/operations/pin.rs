@@ -1,10 +1,12 @@
 //! Pins by hand: the backup and the WAL that lead to a moment stay until a day.
 
+use std::fmt::Write as _;
 use std::time::Duration;
 
+use chrono_tz::Tz;
 use serde::Serialize;
 
-use super::locate;
+use super::{locate, times};
 use crate::error::{Code, Failure};
 use crate::lineage::Target;
 use crate::lineage::moment::Request;
@@ -41,6 +43,36 @@ pub struct PinReport {
     pub temporary: bool,
     /// Why it cannot be read: it holds until it is removed.
     pub damaged: Option<String>,
+}
+
+impl PinReport {
+    pub fn show(&self, zone: Tz) -> String {
+        let now = clock::now();
+        let mut text = format!("{:?}: {} from backup {}\n", self.name, self.target, self.backup);
+        if let Some(until) = self.until {
+            let _ = writeln!(text, "    until {}", times::show(until, zone, now));
+        }
+        if let Some(owner) = &self.owner {
+            let kind = if self.temporary { ", for as long as it reads" } else { "" };
+            let _ = writeln!(text, "    by {owner}{kind}");
+        }
+        if let Some(damaged) = &self.damaged {
+            let _ = writeln!(text, "    it cannot be read, and holds until it is removed: {damaged}");
+        }
+        text
+    }
+
+    pub fn show_removed(&self) -> String {
+        format!("{:?} is pinned no more", self.name)
+    }
+}
+
+/// All of them, for people.
+pub fn show_all(pins: &[PinReport], zone: Tz) -> String {
+    match pins.is_empty() {
+        true => "nothing is pinned".to_owned(),
+        false => pins.iter().map(|pin| pin.show(zone)).collect(),
+    }
 }
 
 /// Pins what leads to a moment.

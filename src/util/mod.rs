@@ -5,6 +5,7 @@ pub mod cron;
 pub mod digest;
 pub mod durable_fs;
 pub mod nearest;
+pub mod percent;
 pub mod retry;
 pub mod secret;
 pub mod service_manager;

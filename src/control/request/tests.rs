@@ -90,6 +90,11 @@ fn what_is_no_request_is_refused_and_a_slip_is_recognised() {
     assert!(says("GET", "/v1/environments/a%2Fb/backups", "").contains("not a name"));
     assert!(says("GET", "/v1/environments/../backups", "").contains("not a name"));
     assert!(says("GET", "/v1/jobs?envionment=shop", "").contains("environment=…"));
+    let removed = |segment: &str| read("DELETE", &format!("/v1/environments/shop/pins/{segment}"), "");
+    let pin = "incident OPS-1 at 2026-11-28T07:00:00Z".to_owned();
+    let wanted = ControlRequest::PinRemove { environment: "shop".into(), pin: pin.clone() };
+    assert_eq!(removed(&percent::encode(&pin)), Ok(wanted));
+    assert!(failure(removed("%zz").expect_err("no digits")).message.contains("not the name of a pin"));
     let long = "x".repeat(10_000);
     assert!(says("GET", &format!("/v1/{long}"), "").len() < 200, "little of the input comes back");
 }

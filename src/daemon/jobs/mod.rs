@@ -12,6 +12,7 @@ pub mod backup;
 pub mod context;
 pub mod incident;
 mod load;
+pub mod prune;
 pub mod record;
 pub mod restore;
 mod run;
