@@ -4,6 +4,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::evidence::Restored;
 use super::record::Progress;
 use super::{JobId, JobRecord, JobSpec};
 use crate::error::{Code, Failure};
@@ -36,6 +37,11 @@ impl JobContext {
     pub fn log(&self, line: &str) {
         tracing::info!(line, "job");
         self.record.send_modify(|record| record.log(line));
+    }
+
+    /// Says what was restored, for the incident of the job's ticket.
+    pub fn restored(&self, restored: Restored) {
+        self.record.send_modify(|record| record.restored = Some(restored));
     }
 
     /// Puts down for good what the work must find again after a restart; replaces what it put down before.

@@ -6,13 +6,15 @@ use tokio::sync::watch;
 use tracing::{info, warn};
 
 use super::run::interrupted;
-use super::{Entry, JobRecord, JobState, Jobs};
+use super::{Entry, JobRecord, JobState, Jobs, evidence};
 use crate::error::Failure;
 use crate::repository::job;
 use crate::util::retry::Backoff;
 
 /// So many of an environment are looked at: idempotency keys are known for as long.
 pub const EARLIER_MAX: usize = 100;
+/// So long an incident may take to take note of a job that was interrupted.
+const NOTE_MAX: Duration = Duration::from_secs(10);
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 
@@ -62,8 +64,10 @@ async fn load_once(jobs: &Jobs, environment: &str) -> Result<(), Failure> {
         }
         let is_own = record.daemon == jobs.0.daemon;
         if is_own && !record.state.is_final() {
-            let failure = interrupted(&record.spec);
-            record.end(JobState::Interrupted, Err(failure));
+            let outcome = Err(interrupted(&record.spec));
+            let noted = evidence::put_down(&repository, &record, (JobState::Interrupted, &outcome), NOTE_MAX).await;
+            noted.iter().for_each(|line| record.log(line));
+            record.end(JobState::Interrupted, outcome);
             job::write(&repository, record.facts, &record.fact()).await?;
             record.facts = record.facts.saturating_add(1);
             info!(job = %record.id, kind = record.spec.kind.as_str(), "a job was interrupted by the end of the daemon");

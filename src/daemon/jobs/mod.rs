@@ -10,6 +10,7 @@
 
 pub mod backup;
 pub mod context;
+pub mod evidence;
 pub mod incident;
 mod load;
 pub mod prune;

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use serde_json::Value;
 
+use super::evidence::Restored;
 use super::{JobId, JobSpec, JobState, LogLine};
 use crate::error::{Code, Failure};
 use crate::pg::Timestamp;
@@ -38,6 +39,8 @@ pub struct JobRecord {
     pub cancel_asked: bool,
     /// What the work put down for itself.
     pub notes: Value,
+    /// What it restored; for the incident of its ticket.
+    pub(super) restored: Option<Restored>,
     pub log: VecDeque<LogLine>,
     pub result: Option<Value>,
     pub failure: Option<Failure>,
@@ -58,6 +61,7 @@ impl JobRecord {
             progress: Progress::default(),
             cancel_asked: false,
             notes: Value::Null,
+            restored: None,
             log: VecDeque::new(),
             result: None,
             failure: None,
@@ -78,6 +82,7 @@ impl JobRecord {
             progress: Progress::default(),
             cancel_asked: false,
             notes: fact.notes,
+            restored: None,
             log: fact.log.into(),
             result: fact.result,
             failure: fact.failure,

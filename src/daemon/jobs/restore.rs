@@ -12,6 +12,7 @@ use serde_json::Value;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::context::apart;
+use super::evidence::{Aim, Restored};
 use super::{JobContext, Work};
 use crate::config::Environment;
 use crate::daemon::service::Shown;
@@ -162,12 +163,15 @@ pub struct RestoreWork {
 impl Work for RestoreWork {
     async fn run(&self, job: &JobContext) -> Result<Value, Failure> {
         let planned = plan(job, &self.environment, &self.asked.target()).await?;
+        let aim = Aim::from(&planned);
         let request = self.asked.request(&self.environment, self.wal_get.clone());
         let mut watcher = JobObserver::new(job.clone());
         let (repository, cancel) = (job.repository.clone(), job.cancel.clone());
         let executed =
             apart(move || async move { execute(&repository, planned.plan, &request, &mut watcher, cancel).await });
         let report = executed.await?;
+        let into = format!("{} into {}", report.environment, report.directory.display());
+        job.restored(Restored::new(&into, &aim, &report, &report.remarks));
         Ok(Shown::new(&report, report.show()).into_result())
     }
 }

@@ -7,13 +7,15 @@ use serde_json::Value;
 use tokio::time::Instant;
 use tracing::{Instrument as _, Span, info, warn};
 
-use super::{Entry, JobContext, JobKind, JobRecord, JobSpec, JobState, Jobs, Work};
+use super::{Entry, JobContext, JobKind, JobRecord, JobSpec, JobState, Jobs, Work, evidence};
 use crate::error::{Code, Failure};
 use crate::repository::{Repository, job};
 use crate::util::retry::Backoff;
 
 /// An outcome that the store does not take is told after this long all the same.
 const UNTOLD_MAX: Duration = Duration::from_secs(10);
+/// An incident may take so long to take note of a job that ends because the daemon does.
+const NOTE_MAX_STOPPING: Duration = Duration::from_secs(2);
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 const PAUSE_MAX: Duration = Duration::from_secs(60);
 
@@ -46,6 +48,11 @@ pub(super) async fn run(jobs: Jobs, entry: Entry, work: Arc<dyn Work>) {
         Ok(_) => info!("job done"),
         Err(failure) if state == JobState::Failed => warn!(error = %failure, hint = failure.hint, "job failed"),
         Err(failure) => info!(reason = %failure, state = state.as_str(), "job ended"),
+    }
+    let limit = if jobs.0.cancel.is_cancelled() { NOTE_MAX_STOPPING } else { UNTOLD_MAX };
+    let record = entry.record.borrow().clone();
+    if let Some(line) = evidence::put_down(&repository, &record, (state, &outcome), limit).await {
+        entry.record.send_modify(|record| record.log(&line));
     }
     conclude(&jobs, &entry, &repository, state, outcome).await;
 }

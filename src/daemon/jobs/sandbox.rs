@@ -4,16 +4,16 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::context::apart;
+use super::evidence::{Aim, Restored};
 use super::restore::{JobObserver, plan};
 use super::{JobContext, Work};
 use crate::config::Environment;
 use crate::daemon::service::Shown;
 use crate::error::{Code, Failure};
-use crate::operations::incident::{self, By, Entry, What};
-use crate::operations::planned::{Planned, TargetAsked};
+use crate::operations::planned::TargetAsked;
 use crate::operations::sandbox::{Area, Asked, CreateRequest, Created, Source};
 use crate::util::units::parse_duration;
 
@@ -98,40 +98,13 @@ impl SandboxWork {
             wal_get: self.wal_get.clone(),
             postgres_bin_dirs: self.environment.restore.postgres_bin_dirs.clone(),
         };
-        let last_included = planned.last_included.as_ref().map(|transaction| transaction.shown.clone());
-        let Planned { target_shown, plan, .. } = planned;
-        let source = Source { repository: &job.repository, plan };
+        let aim = Aim::from(&planned);
+        let source = Source { repository: &job.repository, plan: planned.plan };
         let mut watcher = JobObserver::new(job.clone());
         let created = self.area.create(source, &request, &mut watcher, job.cancel.clone()).await?;
-        self.note(job, &created, &target_shown, last_included).await;
-        Ok(Shown::new(&created, show(&created)).into_result())
-    }
-
-    /// Adds it to the incident of its ticket.
-    async fn note(&self, job: &JobContext, created: &Created, target_shown: &str, last_included: Option<String>) {
-        let Some(ticket) = &job.spec.ticket else { return };
         let (sandbox, restore) = (&created.sandbox, &created.restore);
-        let document = json!({
-            "sandbox": sandbox.id,
-            "target": target_shown,
-            "last_transaction": last_included,
-            "backup": restore.backup,
-            "timeline": restore.timeline.to_string(),
-            "stopped": format!("{} {}", if restore.inclusive { "after" } else { "before" }, restore.target_lsn),
-            "checked": format!(
-                "replay stopped where it was planned, at {}; a session in every database",
-                restore.reached_lsn.unwrap_or(restore.target_lsn)
-            ),
-            "databases": restore.databases,
-            "remarks": sandbox.remarks,
-        });
-        let text = format!("sandbox {} restored to {target_shown}", sandbox.id);
-        let entry = incident::entry(By(&job.spec.asked_by.user), What::Restored, text);
-        match incident::note(&job.repository, ticket, Entry { document, ..entry }).await {
-            Ok(true) => job.log(&format!("noted in incident {ticket}")),
-            Ok(false) => {}
-            Err(failure) => job.log(&format!("not noted in incident {ticket}: failed to {failure}")),
-        }
+        job.restored(Restored::new(&format!("sandbox {}", sandbox.id), &aim, restore, &sandbox.remarks));
+        Ok(Shown::new(&created, show(&created)).into_result())
     }
 }
 

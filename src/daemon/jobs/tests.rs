@@ -6,7 +6,8 @@ use tokio::sync::Notify;
 
 use super::*;
 use crate::config::Config;
-use crate::repository::{Key, job};
+use crate::operations::incident::{By, What};
+use crate::repository::{Key, incident, job};
 
 const STEP: Duration = Duration::from_secs(10);
 
@@ -98,7 +99,7 @@ fn spec(environment: &str, kind: JobKind) -> JobSpec {
         kind,
         asked_by: Asker { uid: Some(1000), user: "ada".into(), via: Via::Socket },
         request: json!({ "outcome": "done" }),
-        ticket: Some("T-1".into()),
+        ticket: None,
         idempotency_key: None,
     }
 }
@@ -246,4 +247,68 @@ async fn restores_and_sandboxes_share_the_rate_of_the_limits_and_nothing_else_is
     }
     cancel.cancel();
     assert!(jobs.stopped(STEP).await, "every job ends");
+}
+
+/// What the log of the incident says, without who opened and closed it.
+async fn noted(host: &Host, ticket: &str) -> Vec<(What, String)> {
+    let repository = host.jobs.0.repositories.get("shop").await.expect("open");
+    let log = incident::load(&repository, &ticket.parse().expect("a ticket")).await.expect("read");
+    let noted = log.entries.into_iter().filter(|entry| !matches!(entry.what, What::Opened | What::Closed));
+    noted.map(|entry| (entry.what, entry.text)).collect()
+}
+
+async fn write(host: &Host, ticket: &str, what: What) {
+    let repository = host.jobs.0.repositories.get("shop").await.expect("open");
+    let mut log = incident::load(&repository, &ticket.parse().expect("a ticket")).await.expect("read");
+    let entry = crate::operations::incident::entry(By("ann"), what, "as it was told".into());
+    log.append(&repository, entry).await.expect("written");
+}
+
+#[tokio::test]
+async fn a_job_is_noted_in_the_open_incident_of_its_ticket_and_in_no_other() {
+    let host = Host::start();
+    write(&host, "OPS-1", What::Opened).await;
+    write(&host, "OPS-2", What::Opened).await;
+    write(&host, "OPS-2", What::Closed).await;
+    let work = Arc::new(Script::default());
+    let of = |ticket: &str, outcome: &str| JobSpec { ticket: Some(ticket.into()), ..ending(outcome) };
+    let cases = [
+        ("OPS-1", "done", JobState::Done, "noted in incident OPS-1"),
+        ("OPS-1", "fail", JobState::Failed, "noted in incident OPS-1"),
+        ("OPS-2", "done", JobState::Done, "not noted: OPS-2 has no open incident"),
+        ("OPS-3", "done", JobState::Done, "not noted: OPS-3 has no open incident"),
+        (
+            "a ticket of another system",
+            "done",
+            JobState::Done,
+            "not noted: a ticket of another system has no open incident",
+        ),
+    ];
+    for (ticket, outcome, state, says) in cases {
+        let id = host.jobs.submit(of(ticket, outcome), work.clone()).expect("accepted");
+        work.go_on.notify_one();
+        let ended = host.until(&id, state).await;
+        assert_eq!(ended.log.back().map(|line| line.text.as_str()), Some(says));
+    }
+    // One that is cancelled, and one that runs when the daemon is killed.
+    for kill in [false, true] {
+        let id = host.jobs.submit(of("OPS-1", "done"), work.clone()).expect("accepted");
+        host.until(&id, JobState::Running).await;
+        if kill {
+            let (next, _stop) = begin(host.dir.path(), "here /run/control");
+            next.until_known("shop").await;
+            assert_eq!(next.get(&id).map(|record| record.state), Some(JobState::Interrupted));
+        } else {
+            host.jobs.cancel(&id).expect("cancelled");
+            host.until(&id, JobState::Cancelled).await;
+        }
+    }
+    let expected = [
+        (What::Command, "verify of shop done"),
+        (What::Remark, "verify of shop failed: failed to copy: the disk is full"),
+        (What::Remark, "verify of shop cancelled: failed to copy: cancelled"),
+        (What::Remark, "verify of shop interrupted: failed to verify shop: the daemon ended before it did"),
+    ];
+    assert_eq!(noted(&host, "OPS-1").await, expected.map(|(what, text)| (what, text.to_owned())));
+    assert!(noted(&host, "OPS-2").await.is_empty() && noted(&host, "OPS-3").await.is_empty());
 }
