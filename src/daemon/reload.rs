@@ -5,7 +5,10 @@
 //! nothing.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
@@ -19,8 +22,9 @@ use super::sandboxes::Sandboxes;
 use super::supervisor::Pauses;
 use super::{Daemon, Planned, slots};
 use crate::archive::Budget;
-use crate::config::{Access, Config, Environment};
+use crate::config::{Access, Config, Environment, Limits};
 use crate::error::Failure;
+use crate::telemetry;
 use crate::util::digest::Digest;
 use crate::util::throttle::Throttle;
 
@@ -45,7 +49,10 @@ pub struct Removed {
 
 /// What the running service is made of.
 pub struct Service {
+    /// As it was read last.
     pub config: Config,
+    /// As it was when the service was started: what of it stays until the next start.
+    started: Started,
     pub daemon: Daemon,
     pub jobs: Jobs,
     pub repositories: Repositories,
@@ -67,7 +74,8 @@ impl Service {
         let daemon = Daemon::start(planned, Pauses::default(), cancel.clone());
         let sandboxes = Sandboxes::new(&config.sandbox);
         let access = AccessRules::new(&config, rustix::process::geteuid().as_raw());
-        Service { config, daemon, jobs, repositories, access, backup_throttle, wal_budget, sandboxes }
+        let started = Started::from(&config);
+        Service { config, started, daemon, jobs, repositories, access, backup_throttle, wal_budget, sandboxes }
     }
 
     /// Reads the configuration again and applies it.
@@ -92,7 +100,7 @@ impl Service {
             changed: changes.changed,
             removed,
             unchanged: changes.unchanged,
-            needs_restart: needs_restart(&self.config, &config),
+            needs_restart: self.started.needs_restart(&config),
         };
         self.config = config;
         tell(&report);
@@ -131,15 +139,49 @@ fn fingerprint(environment: &Environment) -> Digest {
     Digest::sha256(format!("{environment:?} {secrets}").as_bytes())
 }
 
-fn needs_restart(before: &Config, now: &Config) -> Vec<String> {
-    let keys = [
-        ("control_socket", before.control_socket != now.control_socket),
-        ("metrics_listen", before.metrics_listen != now.metrics_listen),
-        ("shutdown_grace", before.shutdown_grace != now.shutdown_grace),
-        ("limits", before.limits != now.limits),
-        ("log", before.log != now.log),
-    ];
-    keys.iter().filter(|(_, changed)| *changed).map(|(key, _)| (*key).to_owned()).collect()
+/// What the service is made of once, when it is started.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Started {
+    control_socket: PathBuf,
+    metrics_listen: Option<SocketAddr>,
+    shutdown_grace: Duration,
+    limits: Limits,
+    log: telemetry::Settings,
+}
+
+impl From<&Config> for Started {
+    fn from(config: &Config) -> Self {
+        // Every key stands here, so that a new one cannot be forgotten: it is applied by a reload, or it is named by one.
+        let Config {
+            control_socket,
+            metrics_listen,
+            shutdown_grace,
+            limits,
+            log,
+            // Where it was read from, and is read again.
+            path: _,
+            // Applied by `Service::reload`.
+            sandbox: _,
+            access: _,
+            environments: _,
+        } = config.clone();
+        Started { control_socket, metrics_listen, shutdown_grace, limits, log }
+    }
+}
+
+impl Started {
+    /// The keys that say something else now than the service runs with.
+    fn needs_restart(&self, now: &Config) -> Vec<String> {
+        let Started { control_socket, metrics_listen, shutdown_grace, limits, log } = Started::from(now);
+        let keys = [
+            ("control_socket", self.control_socket != control_socket),
+            ("metrics_listen", self.metrics_listen != metrics_listen),
+            ("shutdown_grace", self.shutdown_grace != shutdown_grace),
+            ("limits", self.limits != limits),
+            ("log", self.log != log),
+        ];
+        keys.iter().filter(|(_, changed)| *changed).map(|(key, _)| (*key).to_owned()).collect()
+    }
 }
 
 /// What stays behind of an environment that is not archived from here any more.
@@ -175,5 +217,52 @@ fn tell(report: &ReloadReport) {
     }
     if !needs_restart.is_empty() {
         warn!(keys = ?needs_restart, "some changes take effect only when the service is started again");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::util::durable_fs;
+
+    fn read(lines: &str) -> Config {
+        let text = format!("{lines}\n[environment.shop]\nrepository = \"file:///r\"\n");
+        Config::parse(&text, Path::new("config.toml")).expect("a configuration")
+    }
+
+    #[test]
+    fn what_the_service_does_not_run_with_needs_a_restart_until_it_is_taken_back() {
+        let started = Started::from(&read(""));
+        let check =
+            |lines: &str, expected: &[&str]| assert_eq!(started.needs_restart(&read(lines)), expected, "{lines}");
+        check("", &[]);
+        check("control_socket = \"/x/s\"", &["control_socket"]);
+        check("metrics_listen = \"127.0.0.1:1\"\nshutdown_grace = \"7s\"", &["metrics_listen", "shutdown_grace"]);
+        check("[limits]\nrestores = 5", &["limits"]);
+        check("[log]\nlevel = \"debug\"", &["log"]);
+        check("[sandbox]\ndirectory = \"/x\"\n[access]\nviewer = [\"user:ann\"]", &[]);
+    }
+
+    /// However often it was read since: what counts is what runs.
+    #[tokio::test]
+    async fn a_second_reload_still_says_what_the_first_one_could_not_change() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let path = dir.path().join("config.toml");
+        let write = |backups: u32| {
+            let place = dir.path().display();
+            let text =
+                format!("[limits]\nbackups = {backups}\n[environment.shop]\nrepository = \"file://{place}/r\"\n");
+            durable_fs::write(&path, text.as_bytes(), 0o600).expect("written");
+        };
+        write(2);
+        let mut service = Service::start(Config::load(&path).expect("valid"), &CancellationToken::new());
+        let mut needs_restart = |backups| {
+            write(backups);
+            service.reload().expect("applied").needs_restart
+        };
+        assert_eq!((needs_restart(3), needs_restart(3)), (vec!["limits".to_owned()], vec!["limits".to_owned()]));
+        assert!(needs_restart(2).is_empty(), "as it runs");
     }
 }
