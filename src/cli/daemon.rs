@@ -100,15 +100,20 @@ async fn serve(service: &mut Service, handle: &Handle, manager: &ServiceManager)
                 let _ = reply.send(reload(service));
             }
             _ = report.tick() => {
-                manager.status(&summary(&handle.snapshot()));
-                let silent = handle.silent(SILENCE_MAX);
-                if silent.is_empty() {
-                    manager.feed_watchdog();
-                } else {
-                    error!(environments = ?silent, "tasks make no progress: the watchdog is not fed");
-                }
+                tell(manager, handle, SILENCE_MAX);
             }
         }
+    }
+}
+
+/// Says how we are, and feeds the watchdog unless a task has made no progress for `silence_max`.
+fn tell(manager: &ServiceManager, handle: &Handle, silence_max: Duration) {
+    manager.status(&summary(&handle.snapshot()));
+    let silent = handle.silent(silence_max);
+    if silent.is_empty() {
+        manager.feed_watchdog();
+    } else {
+        error!(environments = ?silent, "tasks make no progress: the watchdog is not fed");
     }
 }
 
@@ -180,8 +185,76 @@ fn summary(snapshot: &Snapshot) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::os::unix::net::UnixDatagram;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use async_trait::async_trait;
+
     use super::*;
+    use crate::daemon::Daemon;
     use crate::daemon::snapshot::{EnvironmentSnapshot, Timestamp};
+    use crate::daemon::supervisor::{Body, BodyContext, Pauses};
+
+    /// A task that turns in its loop unless it is told to stand still.
+    #[derive(Default)]
+    struct Turns {
+        stands_still: AtomicBool,
+        has_turned: AtomicBool,
+    }
+
+    #[async_trait]
+    impl Body for Turns {
+        async fn run(&self, context: BodyContext) -> Result<(), Failure> {
+            while !context.cancel.is_cancelled() {
+                if !self.stands_still.load(Ordering::SeqCst) {
+                    context.pulse.beat();
+                    self.has_turned.store(true, Ordering::SeqCst);
+                }
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            Ok(())
+        }
+    }
+
+    #[tokio::test]
+    async fn a_task_without_progress_keeps_the_watchdog_from_being_fed_and_one_that_goes_on_does_not() {
+        const SILENCE: Duration = Duration::from_millis(300);
+        let tasks = [Arc::new(Turns::default()), Arc::new(Turns::default())];
+        let bodies =
+            ["shop", "cafe"].map(str::to_owned).into_iter().zip(tasks.clone().map(|task| task as Arc<dyn Body>));
+        let daemon = Daemon::start(bodies.collect::<BTreeMap<_, _>>(), Pauses::default(), CancellationToken::new());
+        let handle = daemon.handle();
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let socket = UnixDatagram::bind(dir.path().join("notify")).expect("bind");
+        socket.set_nonblocking(true).expect("set");
+        let manager = ServiceManager::at(&dir.path().join("notify"));
+        let hears = || {
+            tell(&manager, &handle, SILENCE);
+            let mut buffer = [0; 4096];
+            let heard = std::iter::from_fn(|| socket.recv(&mut buffer).ok().map(|length| buffer[..length].to_vec()));
+            heard.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).collect::<Vec<_>>()
+        };
+        let until = async |what: &str, wanted: &dyn Fn() -> bool| {
+            let wait = async {
+                while !wanted() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+            };
+            tokio::time::timeout(Duration::from_secs(30), wait).await.expect(what);
+        };
+        let is_fed = || hears().iter().any(|line| line == "WATCHDOG=1");
+        until("both turn", &|| tasks.iter().all(|task| task.has_turned.load(Ordering::SeqCst))).await;
+        until("the watchdog is fed", &is_fed).await;
+        tasks[0].stands_still.store(true, Ordering::SeqCst);
+        until("the silence is noticed", &|| handle.silent(SILENCE).contains(&"shop".to_owned())).await;
+        let heard = hears();
+        assert!(heard.len() == 1 && heard[0].starts_with("STATUS="), "{heard:?}");
+        tasks[0].stands_still.store(false, Ordering::SeqCst);
+        until("it is fed again", &is_fed).await;
+        assert!(daemon.stop(Duration::from_secs(5)).await);
+    }
 
     #[test]
     fn the_summary_counts_and_names_the_worst() {

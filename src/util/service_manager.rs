@@ -23,6 +23,13 @@ impl ServiceManager {
         ServiceManager { socket, watchdog: watchdog.filter(|micros| *micros > 0).map(Duration::from_micros) }
     }
 
+    /// The one that listens at this socket.
+    #[cfg(test)]
+    pub fn at(socket: &std::path::Path) -> Self {
+        let socket = open(&socket.to_string_lossy()).expect("a socket");
+        ServiceManager { socket: Some(socket), watchdog: None }
+    }
+
     /// Within which time it wants to hear that we are well.
     pub fn watchdog(&self) -> Option<Duration> {
         self.watchdog
