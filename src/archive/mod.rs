@@ -30,3 +30,8 @@ pub use environment::Archiver;
 pub use exposure::ExposureFigures;
 pub use settings::Settings;
 pub use status::{ArchiveStatus, State, StoredStream};
+
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::path::Path;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -41,6 +42,8 @@ pub(super) enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
     Tls(Box<tokio_rustls::client::TlsStream<TcpStream>>),
+    #[cfg(test)]
+    Memory(tokio::io::DuplexStream),
 }
 
 #[derive(Debug)]
@@ -220,7 +223,7 @@ async fn establish(
 ) -> Result<Connection, ReplicationError> {
     let unreachable = |source| ReplicationError::Unreachable { host: host.to_string(), source };
     let (socket, end_point) = match (&host.address, host.socket_path()) {
-        (_, Some(path)) => (UnixStream::connect(path).await.map(Socket::Unix).map_err(unreachable)?, None),
+        (_, Some(path)) => (dial_local(&path).await.map_err(unreachable)?, None),
         (HostAddress::Tcp(name), _) => {
             let stream = TcpStream::connect((name.as_str(), host.port)).await.map_err(unreachable)?;
             tune(&stream).map_err(unreachable)?;
@@ -244,6 +247,14 @@ async fn establish(
     send_startup(&mut io, config, purpose).await?;
     let Welcome { parameters, backend_pid } = auth::authenticate(&mut io, &identity).await?;
     Ok(Connection { io, parameters, backend_pid, busy: false })
+}
+
+async fn dial_local(path: &Path) -> io::Result<Socket> {
+    #[cfg(test)]
+    if let Some(dialled) = super::testing::dial(path) {
+        return dialled.map(Socket::Memory);
+    }
+    UnixStream::connect(path).await.map(Socket::Unix)
 }
 
 async fn send_startup(io: &mut Halves, config: &ConnectConfig, purpose: Purpose<'_>) -> Result<(), ReplicationError> {
@@ -348,6 +359,8 @@ impl AsyncRead for Socket {
             Socket::Tcp(stream) => Pin::new(stream).poll_read(cx, buf),
             Socket::Unix(stream) => Pin::new(stream).poll_read(cx, buf),
             Socket::Tls(stream) => Pin::new(stream.as_mut()).poll_read(cx, buf),
+            #[cfg(test)]
+            Socket::Memory(stream) => Pin::new(stream).poll_read(cx, buf),
         }
     }
 }
@@ -358,6 +371,8 @@ impl AsyncWrite for Socket {
             Socket::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
             Socket::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
             Socket::Tls(stream) => Pin::new(stream.as_mut()).poll_write(cx, bytes),
+            #[cfg(test)]
+            Socket::Memory(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
 
@@ -366,6 +381,8 @@ impl AsyncWrite for Socket {
             Socket::Tcp(stream) => Pin::new(stream).poll_flush(cx),
             Socket::Unix(stream) => Pin::new(stream).poll_flush(cx),
             Socket::Tls(stream) => Pin::new(stream.as_mut()).poll_flush(cx),
+            #[cfg(test)]
+            Socket::Memory(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
@@ -374,6 +391,8 @@ impl AsyncWrite for Socket {
             Socket::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
             Socket::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
             Socket::Tls(stream) => Pin::new(stream.as_mut()).poll_shutdown(cx),
+            #[cfg(test)]
+            Socket::Memory(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

@@ -23,6 +23,8 @@ pub mod session;
 pub mod sql;
 pub mod stream;
 pub mod tar;
+#[cfg(test)]
+pub mod testing;
 mod tls;
 mod uri;
 pub mod wire;

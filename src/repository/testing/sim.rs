@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::Poll;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -15,6 +16,11 @@ use object_store::{
     CopyOptions, Error, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta, ObjectStore,
     PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
+use tokio::sync::Notify;
+
+use crate::pg::SegmentSize;
+use crate::repository::layout::{self, Key, WalName, WalRange};
+use crate::repository::store::{Store, StoreSettings};
 
 /// Objects of a page of a listing: few, so that every listing has several.
 pub const PAGE: usize = 8;
@@ -28,9 +34,18 @@ pub enum Fault {
     ErrorAfter,
     /// The store refuses, and says so.
     Refused,
+    /// An object or a listing ends too early; what changes something fails as with [`Fault::Error`].
+    Cut,
+    /// No answer ever; what changes something is done some requests later.
+    Hang,
+    /// It is done and said, and done once more some requests later.
+    Twice,
     /// Whoever asked is dead before the answer.
     Crash,
 }
+
+/// Requests until what is late lands.
+const LATE: u64 = 3;
 
 /// A request that changes something.
 #[derive(Debug, Clone)]
@@ -54,6 +69,12 @@ pub struct State {
     pub crashed: bool,
     /// Whether anybody waits for a turn at all.
     pub gated: bool,
+    /// Told once when somebody is dead.
+    pub death: Arc<Notify>,
+    /// Requests to come that take long, by their number.
+    pub delays: BTreeMap<u64, Duration>,
+    /// Changes that land with a request to come.
+    late: BTreeMap<u64, Change>,
 }
 
 /// The store; cheap to clone.
@@ -72,6 +93,17 @@ impl State {
             Change::Put(path, bytes) => drop(self.objects.insert(path, (bytes, self.now))),
             Change::Delete(path) => drop(self.objects.remove(&path)),
         }
+    }
+
+    /// A request comes in: its number, and what happens to it.
+    fn count(&mut self) -> Option<Fault> {
+        self.waiting = None;
+        self.calls += 1;
+        let to_come = self.late.split_off(&(self.calls + 1));
+        for (_, change) in std::mem::replace(&mut self.late, to_come) {
+            self.apply(change);
+        }
+        self.faults.remove(&self.calls)
     }
 
     fn meta(&self, path: &Path) -> Option<ObjectMeta> {
@@ -96,7 +128,62 @@ fn refused(path: &Path) -> Error {
     Error::PermissionDenied { path: path.to_string(), source: "403 Forbidden: AccessDenied".into() }
 }
 
+/// One thread, and a clock that jumps to the next timer when there is nothing to do. What blocks is done on `threads` others:
+/// with a single one always in the same order.
+pub fn jumping_clock(threads: usize) -> tokio::runtime::Runtime {
+    let mut builder = tokio::runtime::Builder::new_current_thread();
+    builder.enable_all().start_paused(true).max_blocking_threads(threads).build().expect("a runtime")
+}
+
 impl SimStore {
+    /// One environment's folder in it. An operation is tried twice.
+    pub fn open(&self) -> Store {
+        let settings = StoreSettings { attempts_max: 2, ..StoreSettings::default() };
+        Store::over(Arc::new(self.clone()), settings, PAGE)
+    }
+
+    /// Does `work` until it ends or its process is dead; `None` then. Runs it in a runtime of its own: of what it had begun
+    /// nothing goes on afterwards. Time passes as soon as there is nothing to do.
+    pub fn process<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let death = self.state().death.clone();
+        let ended = jumping_clock(8).block_on(async {
+            tokio::select! {
+                biased;
+                () = death.notified() => None,
+                ended = work => Some(ended),
+            }
+        });
+        let mut state = self.state();
+        state.crashed = false;
+        state.faults.clear();
+        ended
+    }
+
+    /// From now on the `call`th request has this fault, and with `for_good` all later ones.
+    pub fn fail(&self, call: u64, fault: Fault, for_good: bool) {
+        let mut state = self.state();
+        let first = state.calls + call;
+        let last = if for_good { first + 10_000 } else { first };
+        state.faults = (first..=last).map(|call| (call, fault)).collect();
+    }
+
+    /// The ranges of WAL that are stored now.
+    pub fn wal(&self, size: SegmentSize) -> Vec<WalRange> {
+        let state = self.state();
+        let keys = state.objects.keys().filter_map(|path| path.as_ref().strip_prefix("shop/"));
+        let names = keys.filter(|key| key.contains("/wal/")).map(|key| Key::listed(key.to_owned()));
+        let range = |key| match layout::parse_wal(&key, size) {
+            Some(WalName::Range(range)) => Some(range),
+            _ => None,
+        };
+        names.filter_map(range).collect()
+    }
+
+    /// What is stored, without the times.
+    pub fn contents(&self) -> BTreeMap<Path, Bytes> {
+        self.state().objects.iter().map(|(path, (bytes, _))| (path.clone(), bytes.clone())).collect()
+    }
+
     pub fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().expect("no test panics while it holds this")
     }
@@ -116,21 +203,45 @@ impl SimStore {
             Poll::Pending
         })
         .await;
-        let fault = {
+        let (call, fault, delay) = {
             let mut state = self.state();
-            state.waiting = None;
-            state.calls += 1;
+            let fault = state.count();
             let call = state.calls;
-            state.faults.remove(&call)
+            (call, fault, state.delays.remove(&call))
         };
-        if fault == Some(Fault::Crash) {
-            if let Some(change) = change.filter(|_| self.state().calls.is_multiple_of(2)) {
-                self.state().apply(change);
+        if let Some(delay) = delay.filter(|_| fault != Some(Fault::Crash)) {
+            tokio::time::sleep(delay).await;
+        }
+        let ends = match fault {
+            // Whoever is dead asks for nothing any more.
+            _ if self.state().crashed => true,
+            Some(Fault::Crash) => {
+                self.die(change.filter(|_| call.is_multiple_of(2)));
+                true
             }
-            self.state().crashed = true;
+            Some(Fault::Hang) => {
+                self.state().late.extend(change.map(|change| (call + LATE, change)));
+                true
+            }
+            Some(Fault::Twice) => {
+                self.state().late.extend(change.map(|change| (call + LATE, change)));
+                false
+            }
+            _ => false,
+        };
+        if ends {
             std::future::pending::<()>().await;
         }
         fault
+    }
+
+    fn die(&self, last: Option<Change>) {
+        let mut state = self.state();
+        if let Some(change) = last {
+            state.apply(change);
+        }
+        state.crashed = true;
+        state.death.notify_one();
     }
 
     async fn change(&self, path: &Path, change: Change) -> Result<()> {
@@ -138,7 +249,7 @@ impl SimStore {
             matches!(change, Change::Delete(_)) && self.state().locked.is_some_and(|locked| locked(path.as_ref()));
         match self.turn(Some(change.clone())).await {
             _ if locked => Err(refused(path)),
-            Some(Fault::Error) => Err(failed()),
+            Some(Fault::Error | Fault::Cut) => Err(failed()),
             Some(Fault::Refused) => Err(refused(path)),
             Some(Fault::ErrorAfter) => {
                 self.state().apply(change);
@@ -151,10 +262,11 @@ impl SimStore {
         }
     }
 
-    async fn read(&self) -> Result<()> {
+    /// Whether the answer is cut.
+    async fn read(&self) -> Result<bool> {
         match self.turn(None).await {
             Some(Fault::Error | Fault::ErrorAfter | Fault::Refused) => Err(failed()),
-            _ => Ok(()),
+            fault => Ok(fault == Some(Fault::Cut)),
         }
     }
 
@@ -164,10 +276,16 @@ impl SimStore {
             let (store, prefix) = (store.clone(), prefix.clone());
             async move {
                 let after = after?;
-                if let Err(error) = store.read().await {
-                    return Some((vec![Err(error)], None));
-                }
+                let cut = match store.read().await {
+                    Ok(cut) => cut,
+                    Err(error) => return Some((vec![Err(error)], None)),
+                };
                 let page = store.state().page(prefix.as_ref(), after.as_ref());
+                if cut {
+                    let half = page.len() / 2;
+                    let seen = page.into_iter().take(half).map(Ok);
+                    return Some((seen.chain([Err(failed())]).collect(), None));
+                }
                 let next = (page.len() == PAGE).then(|| page.last().map(|meta| meta.location.clone()));
                 Some((page.into_iter().map(Ok).collect::<Vec<_>>(), next))
             }
@@ -188,7 +306,7 @@ impl ObjectStore for SimStore {
     }
 
     async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
-        self.read().await?;
+        let cut = self.read().await?;
         let state = self.state();
         let missing = || Error::NotFound { path: path.to_string(), source: "no such key".into() };
         let meta = state.meta(path).ok_or_else(missing)?;
@@ -200,7 +318,8 @@ impl ObjectStore for SimStore {
             None => 0..meta.size,
         };
         let at = |offset: u64| usize::try_from(offset).expect("small");
-        let data = bytes.slice(at(range.start)..at(range.end));
+        let end = if cut { range.start.midpoint(range.end) } else { range.end };
+        let data = bytes.slice(at(range.start)..at(end));
         let payload = GetResultPayload::Stream(futures::stream::once(futures::future::ready(Ok(data))).boxed());
         Ok(GetResult { payload, meta, range, attributes: Default::default(), extensions: Default::default() })
     }
@@ -227,7 +346,9 @@ impl ObjectStore for SimStore {
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        self.read().await?;
+        if self.read().await? {
+            return Err(failed());
+        }
         let state = self.state();
         let depth = prefix.map_or(0, |prefix| prefix.parts().count());
         let below = state.objects.keys().filter(|path| prefix.is_none_or(|prefix| path.prefix_matches(prefix)));
