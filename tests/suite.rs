@@ -42,6 +42,7 @@ mod replication;
 mod restore;
 mod resuming;
 mod retention;
+mod retention_store;
 mod sandbox;
 mod sandbox_commands;
 mod server_questions;
