@@ -167,6 +167,11 @@ fn a_daemon_that_was_killed_knows_what_it_was_doing_and_begins_nothing_twice() {
     let (_, accepted) = host.curl("POST", "environments/shop/backup", &asked);
     let backup = accepted["job"].as_str().expect("an id").to_owned();
     wait::until("the backup runs", 30, || host.job(&backup)["state"] == "running");
+    let shown = host.pgrecall.run(&["status", "shop"]);
+    assert!(shown.contains(&format!("job           {backup}, backup running")), "{shown}");
+    let (_, status) = host.curl("GET", "status", &json!({}));
+    let mut unfinished = status["jobs"].as_array().expect("jobs").iter();
+    assert!(unfinished.any(|job| job["job"] == backup.as_str() && job["log"] == json!([])), "{status}");
     host.pgrecall.kill9();
     drop(frozen);
     let stored = host.job(&backup);

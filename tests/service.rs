@@ -130,6 +130,9 @@ fn a_collector_reads_metrics_and_health_on_the_loopback_address() {
         "pgrecall_backups{environment=\"shop\"} 1",
         "pgrecall_slot_retained_bytes{environment=\"shop\"} ",
         "pgrecall_exposure_seconds{environment=\"shop\"} ",
+        "pgrecall_jobs_total{environment=\"shop\",kind=\"backup\",outcome=\"done\"} 1",
+        "pgrecall_jobs_total{environment=\"shop\",kind=\"prune\",outcome=\"failed\"} 0",
+        "pgrecall_store_errors_total{environment=\"shop\"} 0",
     ] {
         wait::until(line, 60, || has(line));
     }

@@ -117,6 +117,7 @@ async fn alone(config: &Config, environment: &Environment, progress: &mut Progre
         jobs: None,
         backup_throttle: config.limits.backup_throttle(),
         wal_budget: config.limits.wal_budget(),
+        store_errors: Arc::default(),
     };
     let bodies = BTreeMap::from([(name.clone(), Arc::new(body) as Arc<dyn Body>)]);
     let daemon = Daemon::start(bodies, Pauses::default(), CancellationToken::new());

@@ -59,7 +59,7 @@ pub async fn run(context: &Context) -> Result<(), Failure> {
     beside.spawn(service.sandboxes.clone().run(cancel.child_token()));
     beside.spawn(server.run(ways, cancel.clone(), JOIN_GRACE));
     if let Some(listener) = listener {
-        beside.spawn(listener.run(handle.clone(), cancel.clone()));
+        beside.spawn(listener.run(handle.clone(), service.jobs.clone(), cancel.clone()));
     }
     manager.ready();
     tokio::select! {

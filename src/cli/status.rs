@@ -15,7 +15,7 @@ use super::store_state::{self, StoreState};
 use super::{Context, interrupted, until_interrupted};
 use crate::config::Environment;
 use crate::control::client::{Client, ClientError};
-use crate::control::protocol::{EnvironmentStatus, Status};
+use crate::control::protocol::{EnvironmentStatus, JobReport, Status};
 use crate::daemon::repositories::not_found;
 use crate::error::{Code, Failure};
 
@@ -56,6 +56,8 @@ struct EnvironmentReport {
     /// Why it is not protected, or what somebody should look at.
     detail: Option<String>,
     daemon: Option<EnvironmentStatus>,
+    /// The daemon's work on it that waits or runs.
+    jobs: Vec<JobReport>,
     store: Option<StoreState>,
     /// Why the store could not be read.
     error: Option<Failure>,
@@ -100,7 +102,7 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
 async fn as_another(context: &Context, client: &Client, arguments: &Arguments) -> Result<(), Failure> {
     let answer = client.status().await;
     let daemon = daemon_report(&answer);
-    let mut seen = answer?.environments;
+    let Status { environments: mut seen, jobs, .. } = answer?;
     if let Some(name) = &arguments.environment {
         let known: Vec<String> = seen.iter().map(|status| status.name.clone()).collect();
         seen.retain(|status| status.name == *name);
@@ -108,7 +110,8 @@ async fn as_another(context: &Context, client: &Client, arguments: &Arguments) -
             return Err(not_found(name, known.iter().map(String::as_str)));
         }
     }
-    let mut environments: Vec<EnvironmentReport> = seen.into_iter().map(EnvironmentReport::of_daemon).collect();
+    let mut environments: Vec<EnvironmentReport> =
+        seen.into_iter().map(|status| EnvironmentReport::of_daemon(status).with(&jobs)).collect();
     environments.sort_by(|a, b| a.urgency().cmp(&b.urgency()));
     let report = Report { daemon, environments };
     context.output.result(&report, |report| match report.environments.len() > 1 {
@@ -129,13 +132,13 @@ async fn run_once(context: &Context, arguments: &Arguments) -> Result<(), Failur
     };
     let answer = Client::new(&config.control_socket).status().await;
     let daemon = daemon_report(&answer);
-    let mut known = answer.map(|status| status.environments).unwrap_or_default();
+    let (mut known, jobs) = answer.map(|status| (status.environments, status.jobs)).unwrap_or_default();
     // A named one is read as it is now; when it is watched, the daemon's last reading does.
     let read_all = arguments.environment.is_some() && arguments.watch.is_none();
     let reports = wanted.iter().map(|environment| {
         let name = environment.name.as_str();
         let status = known.iter().position(|status| status.name == name).map(|index| known.swap_remove(index));
-        EnvironmentReport::new(environment, status, &daemon)
+        EnvironmentReport::new(environment, status, &daemon).with(&jobs)
     });
     let reports: Vec<EnvironmentReport> = reports.collect();
     let read = reports.into_iter().zip(&wanted).map(|(report, environment)| async move {
@@ -178,6 +181,7 @@ impl EnvironmentReport {
             detail: status.detail.clone(),
             store: status.store.clone(),
             error: status.store_failure.clone(),
+            jobs: Vec::new(),
             // Once is enough in a document.
             daemon: Some(EnvironmentStatus { store: None, ..status }),
         }
@@ -193,7 +197,13 @@ impl EnvironmentReport {
             None => unwatched("no daemon is running"),
         };
         let name = environment.name.to_string();
-        EnvironmentReport { name, state, detail, daemon: None, store: None, error: None }
+        EnvironmentReport { name, state, detail, daemon: None, jobs: Vec::new(), store: None, error: None }
+    }
+
+    /// With those of all these jobs that are its own.
+    fn with(self, jobs: &[JobReport]) -> Self {
+        let jobs = jobs.iter().filter(|job| job.environment == self.name).cloned().collect();
+        EnvironmentReport { jobs, ..self }
     }
 
     async fn read_store(self, environment: &Environment) -> Self {

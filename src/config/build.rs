@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use super::environment::{Environment, Location, S3};
@@ -45,8 +46,17 @@ impl Environment {
     /// # Errors
     /// As the store and the repository say.
     pub async fn open_or_create_repository(&self) -> Result<Repository, Failure> {
+        self.open_or_create_counting(Arc::default()).await
+    }
+
+    /// As [`Environment::open_or_create_repository`], with the store's failures counted there.
+    ///
+    /// # Errors
+    /// As the store and the repository say.
+    pub async fn open_or_create_counting(&self, store_errors: Arc<AtomicU64>) -> Result<Repository, Failure> {
         let master = self.load_master_key()?;
-        Ok(Repository::open_or_create(self.store()?, self.archive.compression_level, master.as_ref()).await?)
+        let store = self.store()?.counting(store_errors);
+        Ok(Repository::open_or_create(store, self.archive.compression_level, master.as_ref()).await?)
     }
 
     /// The key that wraps the data key, when the environment is encrypted.

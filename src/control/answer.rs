@@ -99,7 +99,9 @@ impl Desk<'_> {
     fn status(&self) -> Status {
         let mut snapshot = self.service.handle.snapshot();
         snapshot.environments.retain(|environment| self.permit.caller().role_in(&environment.name).is_some());
-        Status::from(&snapshot)
+        let unfinished = self.jobs(None).jobs.into_iter().filter(|job| !job.is_final);
+        let jobs = unfinished.map(|job| JobReport { log: Vec::new(), ..job }).collect();
+        Status { jobs, ..Status::from(&snapshot) }
     }
 
     fn jobs(&self, environment: Option<&str>) -> Jobs {

@@ -22,6 +22,7 @@ use tracing::{debug, info};
 
 use super::metrics;
 use crate::daemon::handle::Handle;
+use crate::daemon::jobs::Jobs;
 use crate::daemon::snapshot::State;
 use crate::error::{Code, Failure};
 
@@ -58,7 +59,7 @@ impl Listener {
     /// Answers until `cancel` fires.
     ///
     /// Cancel safety: dropping this future closes every connection.
-    pub async fn run(self, handle: Handle, cancel: CancellationToken) {
+    pub async fn run(self, handle: Handle, jobs: Jobs, cancel: CancellationToken) {
         let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         let mut connections = JoinSet::new();
         loop {
@@ -74,10 +75,10 @@ impl Listener {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    let handle = handle.clone();
+                    let (handle, jobs) = (handle.clone(), jobs.clone());
                     connections.spawn(async move {
                         let _place = place;
-                        serve(stream, handle).await;
+                        serve(stream, handle, jobs).await;
                     });
                 }
                 Err(error) => {
@@ -90,9 +91,9 @@ impl Listener {
     }
 }
 
-async fn serve(stream: TcpStream, handle: Handle) {
+async fn serve(stream: TcpStream, handle: Handle, jobs: Jobs) {
     let service = service_fn(move |request: Request<Incoming>| {
-        let reply = answer(&request, &handle);
+        let reply = answer(&request, &handle, &jobs);
         async move { Ok::<_, Infallible>(reply) }
     });
     let connection = hyper::server::conn::http1::Builder::new()
@@ -107,12 +108,12 @@ async fn serve(stream: TcpStream, handle: Handle) {
     }
 }
 
-fn answer(request: &Request<Incoming>, handle: &Handle) -> Response<Full<Bytes>> {
+fn answer(request: &Request<Incoming>, handle: &Handle, jobs: &Jobs) -> Response<Full<Bytes>> {
     if !matches!(*request.method(), Method::GET | Method::HEAD) {
         return reply(StatusCode::METHOD_NOT_ALLOWED, "only GET\n".to_owned());
     }
     match request.uri().path() {
-        "/metrics" => reply(StatusCode::OK, metrics::render(&handle.snapshot())),
+        "/metrics" => reply(StatusCode::OK, metrics::render(&handle.snapshot(), &jobs.counts())),
         "/health" => health(handle),
         _ => reply(StatusCode::NOT_FOUND, "there are /metrics and /health\n".to_owned()),
     }

@@ -6,6 +6,7 @@
 use std::fmt::Write as _;
 
 use crate::daemon::guardian::Level;
+use crate::daemon::jobs::counts::Counts;
 use crate::daemon::snapshot::{BackupProgress, EnvironmentSnapshot, Snapshot, State, StoreState, Timestamp, Wal};
 
 /// A value for each environment; `None` where it is not known.
@@ -104,17 +105,21 @@ const STATES: [State; 6] =
 const STATE: (&str, &str) = ("pgrecall_state", "1 for the state that the environment is in.");
 const UP_SINCE: (&str, &str) = ("pgrecall_start_timestamp_seconds", "When the daemon was started.");
 
+const JOBS: (&str, &str) = ("pgrecall_jobs_total", "Jobs that have ended since the daemon was started.");
+const STORE_ERRORS: (&str, &str) =
+    ("pgrecall_store_errors_total", "Requests to the store that failed, each attempt, since the daemon was started.");
+
 const fn gauge(name: &'static str, help: &'static str, read: Read) -> Metric {
     Metric { name, help, kind: Kind::Gauge, read }
 }
 
 /// The names of all metrics.
 pub fn names() -> Vec<&'static str> {
-    METRICS.iter().map(|metric| metric.name).chain([STATE.0, UP_SINCE.0]).collect()
+    METRICS.iter().map(|metric| metric.name).chain([STATE.0, UP_SINCE.0, JOBS.0, STORE_ERRORS.0]).collect()
 }
 
 /// The page that Prometheus reads.
-pub fn render(snapshot: &Snapshot) -> String {
+pub fn render(snapshot: &Snapshot, counts: &[Counts]) -> String {
     let mut text = String::new();
     head(&mut text, UP_SINCE, Kind::Gauge);
     if let Some(since) = seconds(snapshot.started_at) {
@@ -137,7 +142,23 @@ pub fn render(snapshot: &Snapshot) -> String {
             }
         }
     }
+    render_counts(&mut text, counts);
     text
+}
+
+fn render_counts(text: &mut String, counts: &[Counts]) {
+    head(text, JOBS, Kind::Counter);
+    for Counts { environment, jobs, .. } in counts {
+        for (kind, outcome, count) in jobs {
+            let (name, kind, outcome) = (JOBS.0, kind.as_str(), outcome.as_str());
+            let _ =
+                writeln!(text, "{name}{{environment=\"{environment}\",kind=\"{kind}\",outcome=\"{outcome}\"}} {count}");
+        }
+    }
+    head(text, STORE_ERRORS, Kind::Counter);
+    for Counts { environment, store_errors, .. } in counts {
+        let _ = writeln!(text, "{}{{environment=\"{environment}\"}} {store_errors}", STORE_ERRORS.0);
+    }
 }
 
 fn head(text: &mut String, (name, help): (&str, &str), kind: Kind) {
@@ -163,6 +184,7 @@ fn seconds(time: Timestamp) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::jobs::{JobKind, JobState};
 
     #[test]
     fn every_metric_is_documented_and_every_documented_one_exists() {
@@ -185,13 +207,17 @@ mod tests {
         environment.restarts = 3;
         let snapshot =
             Snapshot { started_at: Timestamp(1_500_000), taken_at: Timestamp(0), environments: vec![environment] };
-        let page = render(&snapshot);
+        let jobs = vec![(JobKind::Prune, JobState::Failed, 2)];
+        let counts = [Counts { environment: "shop-eu".into(), store_errors: 7, jobs }];
+        let page = render(&snapshot, &counts);
         for line in [
             "# TYPE pgrecall_restarts_total counter",
             "pgrecall_start_timestamp_seconds 1.5",
             "pgrecall_state{environment=\"shop-eu\",state=\"lagging\"} 1",
             "pgrecall_state{environment=\"shop-eu\",state=\"protected\"} 0",
             "pgrecall_restarts_total{environment=\"shop-eu\"} 3",
+            "pgrecall_jobs_total{environment=\"shop-eu\",kind=\"prune\",outcome=\"failed\"} 2",
+            "pgrecall_store_errors_total{environment=\"shop-eu\"} 7",
         ] {
             assert!(page.lines().any(|found| found == line), "{line} in:\n{page}");
         }

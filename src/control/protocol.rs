@@ -18,6 +18,9 @@ pub struct Status {
     pub started_at: String,
     pub now: String,
     pub environments: Vec<EnvironmentStatus>,
+    /// Those that wait or run, without their logs; also of environments that are not archived from here.
+    #[serde(default)]
+    pub jobs: Vec<JobReport>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -213,6 +216,7 @@ impl From<&Snapshot> for Status {
             started_at: snapshot.started_at.to_string(),
             now: snapshot.taken_at.to_string(),
             environments: snapshot.environments.iter().map(EnvironmentStatus::from).collect(),
+            jobs: Vec::new(),
         }
     }
 }

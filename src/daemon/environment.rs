@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -45,6 +46,8 @@ pub struct EnvironmentBody {
     /// What all backups together may send.
     pub backup_throttle: Option<Arc<Throttle>>,
     pub wal_budget: Arc<Budget>,
+    /// Counts what the store fails to do.
+    pub store_errors: Arc<AtomicU64>,
 }
 
 /// The archiver's task; dropping this ends it.
@@ -70,7 +73,7 @@ impl Body for EnvironmentBody {
                 snapshot.detail = Some(format!("opening the repository {}", self.environment.location));
             }
         });
-        let repository = self.environment.open_or_create_repository().await?;
+        let repository = self.environment.open_or_create_counting(Arc::clone(&self.store_errors)).await?;
         let abilities = try_out(&repository).await?;
         let generation = take_generation(&repository, abilities).await?;
         info!(repository = repository.store().place(), %generation, "repository open");

@@ -70,7 +70,7 @@ impl Service {
         let jobs = Jobs::start(repositories.clone(), name, config.limits, cancel.child_token());
         let backup_throttle = config.limits.backup_throttle();
         let wal_budget = config.limits.wal_budget();
-        let planned = plan(&config, &jobs, backup_throttle.as_ref(), &wal_budget);
+        let planned = plan(&config, &jobs, backup_throttle.as_ref(), &wal_budget, &repositories);
         let daemon = Daemon::start(planned, Pauses::default(), cancel.clone());
         let sandboxes = Sandboxes::new(&config.sandbox);
         let access = AccessRules::new(&config, rustix::process::geteuid().as_raw());
@@ -90,7 +90,9 @@ impl Service {
         self.access.replace(&config);
         self.repositories.replace(&config);
         self.sandboxes.replace(&config.sandbox);
-        let changes = self.daemon.apply(plan(&config, &self.jobs, self.backup_throttle.as_ref(), &self.wal_budget));
+        let throttle = self.backup_throttle.as_ref();
+        let planned = plan(&config, &self.jobs, throttle, &self.wal_budget, &self.repositories);
+        let changes = self.daemon.apply(planned);
         for name in config.environments.keys().filter(|name| !self.config.environments.contains_key(*name)) {
             self.jobs.look_for_earlier(name.to_string());
         }
@@ -114,6 +116,7 @@ fn plan(
     jobs: &Jobs,
     backup_throttle: Option<&Arc<Throttle>>,
     wal_budget: &Arc<Budget>,
+    repositories: &Repositories,
 ) -> BTreeMap<String, Planned> {
     let archived = config.environments.values().filter(|environment| environment.postgres.is_some());
     let planned = archived.map(|environment| {
@@ -124,6 +127,7 @@ fn plan(
             jobs: Some(jobs.clone()),
             backup_throttle: backup_throttle.cloned(),
             wal_budget: Arc::clone(wal_budget),
+            store_errors: repositories.store_errors(environment.name.as_str()),
         };
         (environment.name.to_string(), Planned { body: Arc::new(body), fingerprint: fingerprint(environment) })
     });

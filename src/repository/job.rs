@@ -30,7 +30,7 @@ pub enum JobKind {
 }
 
 /// How a job stands.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum JobState {
     /// Not on record yet: nothing is done before it is.
@@ -108,6 +108,9 @@ pub struct JobFact {
 }
 
 impl JobKind {
+    pub const ALL: [JobKind; 6] =
+        [JobKind::Backup, JobKind::Restore, JobKind::Sandbox, JobKind::Prune, JobKind::Verify, JobKind::Incident];
+
     pub fn as_str(self) -> &'static str {
         match self {
             JobKind::Backup => "backup",
@@ -121,6 +124,8 @@ impl JobKind {
 }
 
 impl JobState {
+    pub const FINAL: [JobState; 4] = [JobState::Done, JobState::Failed, JobState::Cancelled, JobState::Interrupted];
+
     pub fn is_final(self) -> bool {
         match self {
             JobState::Accepted | JobState::Queued | JobState::Running => false,

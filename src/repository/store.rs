@@ -117,6 +117,7 @@ pub struct Store {
     /// Objects of a page of a listing; `None` where listings come in no order.
     page_objects: Option<usize>,
     reads: Arc<AtomicU64>,
+    errors: Arc<AtomicU64>,
     throttle: Option<Arc<Throttle>>,
 }
 
@@ -129,19 +130,26 @@ impl Store {
         let checksums = matches!(location, Location::S3(s3) if s3.checksum);
         let page_objects = matches!(location, Location::S3(_)).then_some(PAGE_OBJECTS);
         let (root, reads) = (root.join(environment), Arc::default());
-        Ok(Store { inner, root, settings, place, checksums, page_objects, reads, throttle: None })
+        let errors = Arc::default();
+        Ok(Store { inner, root, settings, place, checksums, page_objects, reads, errors, throttle: None })
     }
 
     /// Any store, for tests.
     #[cfg(test)]
     pub fn over(inner: Arc<dyn ObjectStore>, settings: StoreSettings, page_objects: usize) -> Store {
         let (root, place, page_objects) = (Path::from("shop"), "a test's store".to_owned(), Some(page_objects));
-        Store { inner, root, settings, place, checksums: false, page_objects, reads: Arc::default(), throttle: None }
+        let (reads, errors) = (Arc::default(), Arc::default());
+        Store { inner, root, settings, place, checksums: false, page_objects, reads, errors, throttle: None }
     }
 
     /// The same store, for work whose bytes are held to a rate; who has the store itself is not held back.
     pub fn throttled(&self, throttle: Option<Arc<Throttle>>) -> Store {
         Store { throttle, ..self.clone() }
+    }
+
+    /// The same store; each attempt that fails is counted there. That an object is not there is an answer, no failure.
+    pub fn counting(self, errors: Arc<AtomicU64>) -> Store {
+        Store { errors, ..self }
     }
 
     async fn wait_turn(&self, bytes: u64) {
@@ -328,10 +336,15 @@ impl Store {
                 Ok(Ok(value)) => return Ok(value),
                 Ok(Err(error)) => match classify(action, key, error) {
                     Ok(reason) => reason,
-                    Err(fatal) => return Err(fatal),
+                    Err(missing) if missing.is_not_found() => return Err(missing),
+                    Err(fatal) => {
+                        self.errors.fetch_add(1, Ordering::Relaxed);
+                        return Err(fatal);
+                    }
                 },
                 Err(_) => format!("no answer within {} s", limit.as_secs()),
             };
+            self.errors.fetch_add(1, Ordering::Relaxed);
             let short = SHORT.iter().any(|text| reason.contains(text));
             if short && attempts >= ATTEMPTS_SHORT {
                 return Err(StoreError::TooShort { action, key: key.to_owned(), reason });

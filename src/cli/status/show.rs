@@ -1,5 +1,6 @@
 //! How a status looks to people.
 
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -8,19 +9,19 @@ use chrono::{DateTime, Utc};
 use super::super::times;
 use super::{EnvironmentReport, Report, StoreState};
 use crate::config::Config;
-use crate::control::protocol::{BackupEvent, EnvironmentStatus, SlotStatus};
+use crate::control::protocol::{BackupEvent, EnvironmentStatus, JobReport, SlotStatus};
 use crate::pg::Timestamp;
 use crate::util::clock;
 use crate::util::units::{show_bytes, show_duration};
 
 /// A longer sentence is cut in the overview.
 const NOTE_CHARACTERS_MAX: usize = 110;
-const HEADINGS: [&str; 6] = ["STATE", "ENVIRONMENT", "NOT STORED", "RESTORABLE", "BACKUP", "NEXT"];
+const HEADINGS: [&str; 7] = ["STATE", "ENVIRONMENT", "NOT STORED", "RESTORABLE", "BACKUP", "NEXT", "JOBS"];
 
 /// One line for each environment.
 pub fn overview(report: &Report) -> String {
     let now = clock::now();
-    let rows: Vec<([String; 6], String)> = report.environments.iter().map(|e| (cells(e, now), note(e))).collect();
+    let rows: Vec<([String; 7], String)> = report.environments.iter().map(|e| (cells(e, now), note(e))).collect();
     let mut widths = HEADINGS.map(str::len);
     for (cells, _) in &rows {
         for (width, cell) in widths.iter_mut().zip(cells) {
@@ -28,7 +29,7 @@ pub fn overview(report: &Report) -> String {
         }
     }
     let mut text = daemon_line(report);
-    let mut line = |cells: &[String; 6], note: &str| {
+    let mut line = |cells: &[String; 7], note: &str| {
         let padded: String = cells.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}  ")).collect();
         let _ = writeln!(text, "{}", format!("{padded}{note}").trim_end());
     };
@@ -39,7 +40,7 @@ pub fn overview(report: &Report) -> String {
     text
 }
 
-fn cells(report: &EnvironmentReport, now: DateTime<Utc>) -> [String; 6] {
+fn cells(report: &EnvironmentReport, now: DateTime<Utc>) -> [String; 7] {
     let none = || "-".to_owned();
     let daemon = report.daemon.as_ref();
     let archive = daemon.and_then(|daemon| daemon.archive.as_ref());
@@ -66,7 +67,19 @@ fn cells(report: &EnvironmentReport, now: DateTime<Utc>) -> [String; 6] {
         report.store.as_ref().map_or_else(none, |store| window(store, now)),
         newest.map_or_else(none, |time| format!("{} ago", age(time, now))),
         next,
+        kinds(&report.jobs).unwrap_or_else(none),
     ]
+}
+
+/// Each kind once, with its number when there are several: `backup, 2 restore`.
+fn kinds(jobs: &[JobReport]) -> Option<String> {
+    let mut counts = BTreeMap::<&str, usize>::new();
+    jobs.iter().for_each(|job| *counts.entry(&job.kind).or_default() += 1);
+    let shown = counts.iter().map(|(kind, count)| match count {
+        1 => (*kind).to_owned(),
+        count => format!("{count} {kind}"),
+    });
+    Some(shown.collect::<Vec<_>>().join(", ")).filter(|text| !text.is_empty())
 }
 
 /// From when to when, as ages.
@@ -135,6 +148,7 @@ pub fn details(report: &Report, config: Option<&Config>) -> String {
             show_backups(&mut text, daemon, zone);
             daemon.slots.iter().for_each(|slot| show_slot(&mut text, slot));
         }
+        report.jobs.iter().for_each(|job| show_job(&mut text, job));
     }
     text
 }
@@ -175,6 +189,18 @@ fn show_backups(text: &mut String, daemon: &EnvironmentStatus, zone: chrono_tz::
         let overdue = if daemon.backups.overdue { ", overdue" } else { "" };
         let _ = writeln!(text, "  next backup   {}{overdue}", times::show(next, zone, clock::now()));
     }
+}
+
+fn show_job(text: &mut String, job: &JobReport) {
+    let _ = write!(text, "  job           {}, {} {}", job.job, job.kind, job.state);
+    if let Some(phase) = &job.phase {
+        let _ = write!(text, ", {phase}");
+    }
+    if let Some(total) = job.bytes_total {
+        let _ = write!(text, ", {} of {}", show_bytes(job.bytes_done), show_bytes(total));
+    }
+    let ticket = job.ticket.as_ref().map_or_else(String::new, |ticket| format!(" for {ticket}"));
+    let _ = writeln!(text, ", asked for by {}{ticket}", job.asked_by);
 }
 
 fn show_slot(text: &mut String, slot: &SlotStatus) {

@@ -70,6 +70,7 @@ async fn load_once(jobs: &Jobs, environment: &str) -> Result<(), Failure> {
             record.end(JobState::Interrupted, outcome);
             job::write(&repository, record.facts, &record.fact()).await?;
             record.facts = record.facts.saturating_add(1);
+            jobs.count(&record.spec, JobState::Interrupted);
             info!(job = %record.id, kind = record.spec.kind.as_str(), "a job was interrupted by the end of the daemon");
         }
         let cancel = jobs.0.cancel.child_token();

@@ -10,6 +10,7 @@
 
 pub mod backup;
 pub mod context;
+pub mod counts;
 pub mod evidence;
 pub mod incident;
 mod load;
@@ -75,6 +76,8 @@ struct Inner {
     others: Arc<Semaphore>,
     /// What all restores together read.
     restore_throttle: Option<Arc<Throttle>>,
+    /// How many jobs have ended how, of each environment.
+    ended: Mutex<BTreeMap<(String, JobKind, JobState), u64>>,
     tasks: TaskTracker,
     cancel: CancellationToken,
     /// The environments whose earlier jobs are known.
@@ -107,6 +110,7 @@ impl Jobs {
             restores: places(limits.restores),
             others: Arc::new(Semaphore::new(OTHERS_MAX)),
             restore_throttle: limits.restore_throttle(),
+            ended: Mutex::default(),
             tasks: TaskTracker::new(),
             cancel,
             known: watch::Sender::default(),

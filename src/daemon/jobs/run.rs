@@ -28,6 +28,7 @@ pub(super) async fn run(jobs: Jobs, entry: Entry, work: Arc<dyn Work>) {
         Ok(repository) => repository,
         Err(failure) => {
             warn!(error = %failure, kind = spec.kind.as_str(), "the job cannot be put on record and is not begun");
+            jobs.count(&spec, JobState::Failed);
             entry.record.send_modify(|record| record.end(JobState::Failed, Err(failure)));
             return;
         }
@@ -54,6 +55,7 @@ pub(super) async fn run(jobs: Jobs, entry: Entry, work: Arc<dyn Work>) {
     if let Some(line) = evidence::put_down(&repository, &record, (state, &outcome), limit).await {
         entry.record.send_modify(|record| record.log(&line));
     }
+    jobs.count(&spec, state);
     conclude(&jobs, &entry, &repository, state, outcome).await;
 }
 
