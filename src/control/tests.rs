@@ -17,7 +17,7 @@ use crate::daemon::Daemon;
 use crate::daemon::access::AccessRules;
 use crate::daemon::audit::AuditLog;
 use crate::daemon::handle::Request;
-use crate::daemon::jobs::Jobs;
+use crate::daemon::jobs::{Asker, JobContext, JobKind, JobSpec, JobState, Jobs, Via, Work};
 use crate::daemon::repositories::Repositories;
 use crate::daemon::sandboxes::Sandboxes;
 use crate::daemon::service::Service as Ways;
@@ -48,6 +48,7 @@ impl Body for Worker {
 struct Service {
     dir: tempfile::TempDir,
     daemon: Daemon,
+    jobs: Jobs,
     repositories: Repositories,
     server: tokio::task::JoinHandle<()>,
     cancel: CancellationToken,
@@ -62,14 +63,17 @@ impl Service {
     fn with(more: &str, owner_uid: u32) -> Service {
         let dir = tempfile::tempdir().expect("temporary directory");
         let cancel = CancellationToken::new();
-        let bodies = BTreeMap::from([("shop".to_owned(), Arc::new(Worker) as Arc<dyn Body>)]);
-        let daemon = Daemon::start(bodies, Pauses::default(), cancel.clone());
-        let text = format!("{more}\n[environment.shop]\nrepository = \"file://{}/repository\"\n", dir.path().display());
+        let place = dir.path().display();
+        let text = format!("{more}\n[defaults]\nrepository = \"file://{place}/repository\"\n[environment.shop]\n");
         let config = Config::parse(&text, std::path::Path::new("config.toml")).expect("a configuration");
+        let names = config.environments.keys().map(ToString::to_string);
+        let bodies = names.map(|name| (name, Arc::new(Worker) as Arc<dyn Body>)).collect::<BTreeMap<_, _>>();
+        let daemon = Daemon::start(bodies, Pauses::default(), cancel.clone());
         let repositories = Repositories::new(&config);
+        let jobs = Jobs::start(repositories.clone(), "here".into(), Limits::default(), cancel.clone());
         let ways = Ways {
             handle: daemon.handle(),
-            jobs: Jobs::start(repositories.clone(), "here".into(), Limits::default(), cancel.clone()),
+            jobs: jobs.clone(),
             access: AccessRules::new(&config, owner_uid),
             audit: AuditLog::new(repositories.clone(), cancel.clone()),
             repositories: repositories.clone(),
@@ -78,7 +82,7 @@ impl Service {
         };
         let server = Server::bind(&dir.path().join("s")).expect("bind");
         let server = tokio::spawn(server.run(ways, cancel.clone(), Duration::from_secs(1)));
-        Service { dir, daemon, repositories, server, cancel }
+        Service { dir, daemon, jobs, repositories, server, cancel }
     }
 
     fn path(&self) -> PathBuf {
@@ -193,6 +197,63 @@ async fn acts_and_refusals_are_on_record_and_reads_are_not() {
     let answer = service.raw(b"").await;
     assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
     drop(open);
+    service.stop().await;
+}
+
+/// Runs until it is cancelled.
+struct Waits;
+
+#[async_trait]
+impl Work for Waits {
+    async fn run(&self, job: &JobContext) -> Result<serde_json::Value, Failure> {
+        job.progress("waiting", 1, Some(2));
+        job.cancel.cancelled().await;
+        Err(Failure::new(Code::Cancelled, "wait: it was cancelled"))
+    }
+}
+
+#[tokio::test]
+async fn a_viewer_sees_the_state_and_the_jobs_of_their_environment_and_nothing_of_another() {
+    if rustix::process::geteuid().is_root() {
+        return;
+    }
+    let own = nix::unistd::User::from_uid(nix::unistd::Uid::effective()).expect("looked up").expect("a name").name;
+    let access = format!("[environment.billing]\n[environment.shop.access]\nviewer = [\"user:{own}\"]");
+    let service = Service::with(&access, u32::MAX - 1);
+    let mut ids = Vec::new();
+    for name in ["shop", "billing"] {
+        let spec = JobSpec {
+            environment: name.into(),
+            kind: JobKind::Verify,
+            asked_by: Asker { uid: Some(1), user: "ada".into(), via: Via::Socket },
+            request: serde_json::json!({}),
+            ticket: Some("T-1".into()),
+            idempotency_key: None,
+        };
+        let id = service.jobs.submit(spec, Arc::new(Waits)).expect("accepted");
+        let mut record = service.jobs.follow(&id).expect("the job");
+        let runs = record.wait_for(|record| record.progress.phase == "waiting");
+        tokio::time::timeout(Duration::from_secs(10), runs).await.expect("in time").expect("it runs");
+        ids.push(id.to_string());
+    }
+    let client = Client::new(&service.path());
+    let status = client.status().await.expect("a viewer sees it");
+    assert_eq!(status.environments.iter().map(|e| e.name.as_str()).collect::<Vec<_>>(), ["shop"]);
+    let jobs: Vec<_> = status.jobs.iter().map(|job| (job.job.as_str(), job.phase.as_deref(), job.bytes_done)).collect();
+    assert_eq!(jobs, [(ids[0].as_str(), Some("waiting"), 1)]);
+    let text = service.raw(b"GET /v1/status HTTP/1.1\r\nhost: x\r\n\r\n").await;
+    assert!(text.contains("shop") && !text.contains("billing"), "{text}");
+    let counts = service.jobs.counts();
+    assert!(counts.iter().all(|counts| counts.jobs.iter().all(|(_, _, count)| *count == 0)), "none has ended");
+    for id in &ids {
+        service.jobs.cancel(&id.parse().expect("an id")).expect("cancelled");
+        let mut record = service.jobs.follow(&id.parse().expect("an id")).expect("the job");
+        record.wait_for(|record| record.state.is_final()).await.expect("it ends");
+    }
+    let counts = service.jobs.counts();
+    let cancelled = (JobKind::Verify, JobState::Cancelled, 1);
+    assert!(counts.len() == 2 && counts.iter().all(|counts| counts.jobs.contains(&cancelled)), "{counts:?}");
+    assert_eq!(client.status().await.expect("seen").jobs, []);
     service.stop().await;
 }
 
