@@ -258,3 +258,18 @@ async fn interrupted() {
         _ = terminate.recv() => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn every_verb_can_be_parsed() {
+        Arguments::command().debug_assert();
+        let line = ["pgrecall", "pin", "add", "shop", "--at", "latest", "--name", "audit of May", "--until", "90d"];
+        let arguments = Arguments::try_parse_from(line).expect("a command");
+        assert!(format!("{arguments:?}").contains("\"audit of May\""), "{arguments:?}");
+    }
+}

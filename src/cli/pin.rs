@@ -38,7 +38,8 @@ pub struct Add {
     #[arg(long, value_name = "N")]
     timeline: Option<u32>,
     /// What to call it
-    #[arg(long, value_name = "NAME")]
+    // The environment is a `name` already.
+    #[arg(long = "name", id = "pin", value_name = "NAME")]
     name: String,
     /// How long: a time with its zone, or from now on ('90d')
     #[arg(long, value_name = "WHEN")]
