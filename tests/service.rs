@@ -7,10 +7,12 @@ use std::os::unix::net::UnixDatagram;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use crate::common::minio::Minio;
 use crate::common::pgrecall::{Environment, Pgrecall, Store, secret_file};
 use crate::common::places;
 use crate::common::postgres::Cluster;
-use crate::common::{NEWEST, guard, slow, wait};
+use crate::common::proxy::s3::{Fault, Rule, S3Proxy};
+use crate::common::{NEWEST, guard, slow, small_disk, wait};
 
 /// An environment whose repository is a directory of this host.
 fn environment(host: &Pgrecall, name: &str) -> Environment {
@@ -20,6 +22,16 @@ fn environment(host: &Pgrecall, name: &str) -> Environment {
 fn of(host: &Pgrecall, name: &str) -> serde_json::Value {
     let status: serde_json::Value =
         serde_json::from_str(&host.try_run(&["status", "--json"]).stdout).unwrap_or_default();
+    let all = status["environments"].as_array().cloned().unwrap_or_default();
+    all.into_iter().find(|environment| environment["name"] == name).unwrap_or_default()
+}
+
+/// What the daemon itself says of an environment: `status` reads the store of one of which the daemon knows nothing yet.
+fn told(host: &Pgrecall, name: &str) -> serde_json::Value {
+    let socket = host.scratch().join("control.sock");
+    let mut curl = Command::new("curl");
+    let done = curl.args(["-s", "-m", "20", "--unix-socket"]).arg(socket).arg("http://pgrecall/v1/status").output();
+    let status: serde_json::Value = serde_json::from_slice(&done.expect("run curl").stdout).unwrap_or_default();
     let all = status["environments"].as_array().cloned().unwrap_or_default();
     all.into_iter().find(|environment| environment["name"] == name).unwrap_or_default()
 }
@@ -189,6 +201,70 @@ fn a_broken_environment_of_each_kind_delays_no_other() {
     assert_eq!((names.first(), names.last(), names.len()), (Some(&"conflict"), Some(&"good"), 5), "{}", shown.stdout);
     assert_eq!(host.try_run(&["status", "good"]).status, 0);
     host.stop();
+}
+
+/// Four at once: a server that wants another password, a bucket that takes seconds for everything, a disk that is full, and one
+/// with nothing amiss.
+#[test]
+fn a_wrong_password_a_slow_bucket_and_a_full_disk_are_named_and_delay_no_other() {
+    let mut host = Pgrecall::new(&[]);
+    let disk = host.scratch().join("disk");
+    std::fs::create_dir(&disk).unwrap();
+    if !small_disk::is_possible(&disk) {
+        println!("not checked: the kernel lets no ordinary user mount a file system");
+        return;
+    }
+    let line = |user: &str, method: &str| format!("local all {user} {method}\nlocal replication {user} {method}\n");
+    let hba = line("postgres", "trust") + &line("clerk", "scram-sha-256");
+    let asking = Cluster::builder(NEWEST).hba(&hba).start();
+    asking.query("CREATE ROLE clerk LOGIN REPLICATION PASSWORD 'another'");
+    let password = host.scratch().join("wrong-password");
+    secret_file(&password, "wrong");
+    let [far, full, good] = [(); 3].map(|()| Cluster::start_new(NEWEST));
+    let proxy = S3Proxy::start(&Minio::shared());
+    proxy.add(Rule::new(Fault::Delay(Duration::from_secs(8))));
+    host.configure(&[
+        environment(&host, "password")
+            .postgres(&asking.conninfo().replace("user=postgres", "user=clerk"))
+            .key("password_file", &format!("{password:?}")),
+        Environment::new("slow", Store::Bucket(proxy.bucket(), "slow".to_owned())).cluster(&far),
+        Environment::new("full", Store::Directory(disk.clone())).cluster(&full),
+        Environment::new("good", Store::Bucket(Minio::shared(), "good".to_owned())).cluster(&good),
+    ]);
+    // What the broken ones say is in their states; the good one may say nothing.
+    for name in ["password", "full", "slow"] {
+        host.announce(&format!("environment={name}}}"));
+        host.announce(&format!("environment=\"{name}\""));
+    }
+    host.small_disk(&disk, 1);
+    let begin = Instant::now();
+    host.start(&[&good]);
+    wait::until("good is protected", 60, || told(&host, "good")["state"] == "protected");
+    println!("good is protected after {:?}", begin.elapsed());
+    for (name, says) in [("password", "password authentication failed for user \"clerk\""), ("full", "No space left")] {
+        wait::until(&format!("{name} says {says}"), 60, || {
+            let seen = told(&host, name);
+            let detail = seen["detail"].as_str().unwrap_or_default();
+            seen["state"] == "unprotected" && detail.contains(says)
+        });
+    }
+    // While these fail and that one waits, commits are stored within their bound and a backup is taken.
+    for _ in 0..5 {
+        let begin = Instant::now();
+        good.query("SELECT pg_logical_emit_message(true, 'x', 'y')");
+        host.wait_stored(&good, good.flush_lsn());
+        assert!(begin.elapsed() < Duration::from_secs(10), "stored after {:?}", begin.elapsed());
+    }
+    let asked = host.json(&["backup", "good"]);
+    assert_eq!(asked["event"], "done", "{asked}");
+    let slow = told(&host, "slow");
+    println!("slow: {}: {}", slow["state"], slow["detail"]);
+    assert!(slow["state"] != "protected" && slow["detail"].is_string(), "{slow}");
+    assert_eq!(host.try_run(&["status", "good"]).status, 0);
+    proxy.clear();
+    wait::until("slow is protected", 120, || told(&host, "slow")["state"] == "protected");
+    // Not stopped in order: what the full one has received would take all of the grace.
+    host.kill9();
 }
 
 #[test]

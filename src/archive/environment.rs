@@ -10,6 +10,7 @@ use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use super::housekeeping;
 use super::indexing;
@@ -344,7 +345,7 @@ impl Archiver {
         };
         let mut observer = Observer::start(asking, troubles.clone());
         let (units, passing) = mpsc::channel(indexing::UNITS_WAITING_MAX);
-        let indexing = tokio::spawn(indexing::run(destination.clone(), passing));
+        let indexing = tokio::spawn(indexing::run(destination.clone(), passing).in_current_span());
         let context = StreamContext {
             settings: &self.settings,
             status: &self.status,
@@ -355,7 +356,7 @@ impl Archiver {
         let (reader, sender) = stream.split();
         let uploader = Uploader::new(destination.clone(), self.settings.puts_in_flight, trouble);
         let leave = cancel.child_token();
-        let watching = AbortOnDropHandle::new(tokio::spawn(others.run(leave.clone())));
+        let watching = AbortOnDropHandle::new(tokio::spawn(others.run(leave.clone()).in_current_span()));
         let (ended, _reader) = Stream::new(context, resume.clone(), sender, uploader).run(reader, &leave).await;
         leave.cancel();
         let _ = watching.await;

@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use super::uploader::StoreTrouble;
 use crate::pg::{Lsn, TimelineId, Timestamp};
@@ -72,7 +73,7 @@ impl Observer {
         let cancel = CancellationToken::new();
         let asker =
             Asker { asking, sender, server_time: server_time.clone(), run: rand::random(), last: None, sql: None };
-        let task = AbortOnDropHandle::new(tokio::spawn(asker.run(trouble, cancel.clone())));
+        let task = AbortOnDropHandle::new(tokio::spawn(asker.run(trouble, cancel.clone()).in_current_span()));
         Observer { observations, server_time, task, cancel }
     }
 

@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use super::assembler::{Assembler, Unit};
 use super::budget::SHARE_MIN;
@@ -330,7 +331,7 @@ impl<'a> Stream<'a> {
         let Some(last) = self.claims.iter().rposition(|c| stored >= c.lsn) else { return };
         let Some(claim) = self.claims.drain(..=last).next_back() else { return };
         let (destination, status) = (self.uploader.destination().clone(), self.context.status.clone());
-        self.claiming = Some(tokio::spawn(async move {
+        let write = async move {
             match coverage::write(&destination.repository, destination.incarnation, &claim).await {
                 Ok(()) => {
                     let until = claim.server_time.saturating_add_micros(-claim.margin_micros);
@@ -338,7 +339,8 @@ impl<'a> Stream<'a> {
                 }
                 Err(error) => tracing::debug!(%error, "store a claim of coverage: failed, the next one follows"),
             }
-        }));
+        };
+        self.claiming = Some(tokio::spawn(write.in_current_span()));
     }
 
     /// Tells the server how far WAL is stored: when that rose, or on demand.

@@ -12,6 +12,7 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::repository::codec::Kind;
@@ -93,13 +94,14 @@ impl Uploader {
         self.in_flight_bytes += bytes.len() as u64;
         let job = Job { destination: self.destination.clone(), timeline, start_lsn, bytes, unit };
         let (trouble, cancel) = (self.trouble.clone(), self.cancel.clone());
-        self.jobs.spawn(async move {
+        let work = async move {
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => None,
                 stored = job.run(&trouble) => Some(stored),
             }
-        });
+        };
+        self.jobs.spawn(work.in_current_span());
     }
 
     /// The next range that was stored; `None` when nothing is in flight.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument;
 
 use super::compressors::Compressors;
 use super::error::BackupError;
@@ -85,7 +86,7 @@ impl Pipeline {
         let (frames, queue) = mpsc::channel(threads.saturating_mul(FRAMES_PER_THREAD));
         let packs = PackWriter::new(to, settings.uploads_max);
         let placer = Placer::new(packs, Sorter::new(&settings.scratch), compressors.clone(), progress);
-        let placer = AbortOnDropHandle::new(tokio::spawn(placer.run(queue)));
+        let placer = AbortOnDropHandle::new(tokio::spawn(placer.run(queue).in_current_span()));
         Ok(Pipeline { compressors, frames, placer })
     }
 

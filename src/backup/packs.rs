@@ -5,6 +5,7 @@
 use std::time::Duration;
 
 use tokio::task::JoinSet;
+use tracing::Instrument;
 
 use super::error::BackupError;
 use crate::repository::backup_object::PackEntry;
@@ -86,7 +87,7 @@ impl PackWriter {
         while self.uploads.len() >= self.uploads_max {
             self.join_one().await?;
         }
-        self.uploads.spawn(upload(self.to.repository.clone(), builder));
+        self.uploads.spawn(upload(self.to.repository.clone(), builder).in_current_span());
         Ok(())
     }
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::error::{Code, Failure};
 use crate::instance::host;
@@ -303,11 +304,12 @@ impl Started<'_> {
         let incarnation = plan.incarnation().map_err(|e| Failure::new(Code::Internal, e.to_string()))?;
         let fetcher = SegmentFetcher::new(self.repository, incarnation, plan.segment_size);
         let prefetcher = Prefetcher::new(fetcher, plan, &self.restored.target.folder());
-        Ok(tokio::spawn(async move {
+        let fetch = async move {
             if let Err(error) = prefetcher.run(cancel).await {
                 tracing::warn!(%error, "fetch WAL ahead: failed; it is fetched when asked for");
             }
-        }))
+        };
+        Ok(tokio::spawn(fetch.in_current_span()))
     }
 
     async fn accept(

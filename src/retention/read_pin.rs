@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
+use tracing::Instrument;
 
 use crate::pg::{Lsn, TimelineId, Timestamp};
 use crate::repository::layout::PinName;
@@ -47,7 +48,7 @@ impl ReadPin {
         let name = read.pin(repository).await?;
         let (sender, current) = tokio::sync::watch::channel(name);
         let renewed = repository.clone();
-        let renewing = tokio::spawn(async move {
+        let renew = async move {
             loop {
                 tokio::time::sleep(RENEWED_EVERY).await;
                 match read.pin(&renewed).await {
@@ -58,7 +59,8 @@ impl ReadPin {
                     Err(error) => tracing::warn!(%error, "the pin of what is being restored could not be renewed"),
                 }
             }
-        });
+        };
+        let renewing = tokio::spawn(renew.in_current_span());
         Ok(ReadPin { repository: repository.clone(), renewing, current })
     }
 

@@ -21,6 +21,7 @@ pub mod pgrecall;
 pub mod places;
 pub mod postgres;
 pub mod proxy;
+pub mod small_disk;
 pub mod wait;
 
 /// The majors of PostgreSQL that pgrecall supports.

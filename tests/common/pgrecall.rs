@@ -10,7 +10,7 @@ use super::clock::set_back;
 use super::guard::{Directory, Process};
 use super::minio::Bucket;
 use super::postgres::{Cluster, tail};
-use super::{logs, places, wait};
+use super::{logs, places, small_disk, wait};
 
 /// Where the repository of an environment is.
 #[derive(Clone, Debug)]
@@ -133,6 +133,8 @@ pub struct Pgrecall {
     /// Of the daemon's process environment.
     variables: Vec<(String, String)>,
     days_ago: u32,
+    /// A directory that is a file system of so many MiB for the daemon.
+    small_disk: Option<(PathBuf, u32)>,
 }
 
 /// What a command said.
@@ -149,7 +151,7 @@ impl Pgrecall {
         let dir = Directory::new("host");
         let (announced, keys, variables) = (Vec::new(), Vec::new(), Vec::new());
         let level = "info,pgrecall=debug";
-        let pgrecall = Pgrecall { dir, daemon: None, announced, level, keys, variables, days_ago: 0 };
+        let pgrecall = Pgrecall { dir, daemon: None, announced, level, keys, variables, days_ago: 0, small_disk: None };
         pgrecall.configure(environments);
         pgrecall
     }
@@ -162,6 +164,11 @@ impl Pgrecall {
     /// A variable of the daemon's environment, from its next start on.
     pub fn variable(&mut self, name: &str, value: &str) {
         self.variables.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// From its next start on the daemon has a file system of so many MiB at this directory, which nobody else sees.
+    pub fn small_disk(&mut self, place: &Path, mib: u32) {
+        self.small_disk = Some((place.to_owned(), mib));
     }
 
     /// Writes the configuration anew; a running daemon does not notice.
@@ -245,6 +252,9 @@ impl Pgrecall {
         let log = std::fs::File::options().create(true).append(true).open(self.log_file()).unwrap();
         let mut command = self.command(&["daemon"]);
         command.envs(self.variables.iter().map(|(name, value)| (name, value)));
+        if let Some((place, mib)) = &self.small_disk {
+            command = small_disk::within(&command, place, *mib);
+        }
         command.stdout(log.try_clone().unwrap()).stderr(log);
         self.daemon = Some(Process::spawn(&mut command));
     }
