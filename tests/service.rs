@@ -12,7 +12,7 @@ use crate::common::pgrecall::{Environment, Pgrecall, Store, secret_file};
 use crate::common::places;
 use crate::common::postgres::Cluster;
 use crate::common::proxy::s3::{Fault, Rule, S3Proxy};
-use crate::common::{NEWEST, guard, slow, small_disk, wait};
+use crate::common::{NEWEST, clock, guard, slow, small_disk, wait};
 
 /// An environment whose repository is a directory of this host.
 fn environment(host: &Pgrecall, name: &str) -> Environment {
@@ -286,6 +286,33 @@ fn a_backup_is_held_to_its_bandwidth_and_wal_is_not() {
     // The second that may be made up for is given.
     let least = Duration::from_secs(backup / (256 << 10) - 2);
     assert!(begin.elapsed() > least, "{backup} bytes in {:?}", begin.elapsed());
+    host.stop();
+}
+
+/// The daemon's clock stands ten seconds before four o'clock when it starts.
+#[test]
+fn the_daily_backup_begins_at_its_hour_and_once() {
+    let cluster = Cluster::start_new(NEWEST);
+    let mut host = Pgrecall::new(&[]);
+    let shop = environment(&host, "shop").cluster(&cluster);
+    host.configure(&[shop.key("backup_schedule", "\"0 4 * * *\"").key("backup_spread", "\"0s\"")]);
+    let tomorrow = (chrono::Utc::now() + Duration::from_hours(24)).date_naive();
+    let hour = tomorrow.and_hms_opt(4, 0, 0).expect("an hour").and_utc();
+    for (name, value) in clock::set_to(hour - Duration::from_secs(10)) {
+        host.variable(name, &value);
+    }
+    host.start(&[&cluster]);
+    host.wait_for_backup("shop");
+    let backups = || host.json(&["backups", "shop"])["backups"].as_array().map_or(0, Vec::len);
+    let next = || of(&host, "shop")["daemon"]["backups"]["next_at"].as_str().unwrap_or_default().to_owned();
+    let due = |day: chrono::NaiveDate| format!("{day}T04:00:00");
+    wait::until("the next one to be due at four", 10, || next().starts_with(&due(tomorrow)));
+    assert_eq!(backups(), 1, "it is not four yet");
+    host.wait_logged("a backup is due: one begins by itself", 30);
+    wait::until("the daily backup", 30, || backups() == 2);
+    let day_after = tomorrow.succ_opt().expect("a day");
+    wait::until("the next one to be due a day later", 10, || next().starts_with(&due(day_after)));
+    assert_eq!(host.log().matches("a backup is due: one begins by itself").count(), 1);
     host.stop();
 }
 
