@@ -114,7 +114,7 @@ fn a_restore_whose_daemon_was_killed_is_told_as_interrupted_and_begins_anew_in_i
     world.proxy.add(Rule::new(Fault::Hang).on("GET").key("/packs/"));
     assert_eq!(ask_restore(&world, &request), "202");
     world.wait_job("restore", 0, "running");
-    wait::until("the directory", 60, || into.exists());
+    wait::until("the directory, marked", 60, || into.join("pgrecall_restore/state.json").exists());
     world.kill();
     assert!(!into.join("global/pg_control").exists(), "no server starts there too early");
 
