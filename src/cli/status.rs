@@ -21,6 +21,8 @@ use crate::error::{Code, Failure};
 
 /// Stores that are read at the same time.
 const READS_MAX: usize = 16;
+/// How long one store among many may take to be read: it must not hide how the others are.
+const READ_PATIENCE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -49,7 +51,7 @@ struct DaemonReport {
     error: Option<Failure>,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 struct EnvironmentReport {
     name: String,
     state: State,
@@ -141,8 +143,10 @@ async fn run_once(context: &Context, arguments: &Arguments) -> Result<(), Failur
         EnvironmentReport::new(environment, status, &daemon).with(&jobs)
     });
     let reports: Vec<EnvironmentReport> = reports.collect();
+    let wanted_count = wanted.len();
     let read = reports.into_iter().zip(&wanted).map(|(report, environment)| async move {
         match report.store.is_none() || read_all {
+            true if wanted_count > 1 => report.read_store_within(READ_PATIENCE, environment).await,
             true => report.read_store(environment).await,
             false => report,
         }
@@ -204,6 +208,17 @@ impl EnvironmentReport {
     fn with(self, jobs: &[JobReport]) -> Self {
         let jobs = jobs.iter().filter(|job| job.environment == self.name).cloned().collect();
         EnvironmentReport { jobs, ..self }
+    }
+
+    async fn read_store_within(self, patience: Duration, environment: &Environment) -> Self {
+        let mut unread = self.clone();
+        let read = tokio::time::timeout(patience, self.read_store(environment)).await;
+        read.unwrap_or_else(|_| {
+            let message = format!("read the store of {}: no answer within {} s", unread.name, patience.as_secs());
+            let hint = format!("`pgrecall status {}` waits for it.", unread.name);
+            unread.error = Some(Failure::new(Code::Store, message).hint(hint));
+            unread
+        })
     }
 
     async fn read_store(self, environment: &Environment) -> Self {

@@ -266,7 +266,7 @@ impl TargetDirectory {
 
     /// The marker of an unfinished restore of the same environment; `None` for an empty or missing directory.
     fn usable_state(&self, plan: &Plan) -> Result<Option<State>, TargetError> {
-        if is_empty(&self.root)? {
+        if is_unused(&self.root)? {
             return Ok(None);
         }
         let state = load_state(&self.root)?.ok_or_else(|| TargetError::NotEmpty(self.root.clone()))?;
@@ -363,12 +363,26 @@ fn place_tablespaces(
     Ok(placed)
 }
 
+/// Empty, or left by a restore that was killed before its marker had its name.
+fn is_unused(root: &Path) -> Result<bool, TargetError> {
+    let only_ours = |entries: Vec<PathBuf>| entries.iter().all(|entry| *entry == root.join(FOLDER));
+    let marker = root.join(FOLDER).join(STATE_FILE);
+    Ok(only_ours(entries(root)?)
+        && entries(&root.join(FOLDER))?.iter().all(|entry| durable_fs::is_temporary(entry, &marker)))
+}
+
 fn is_empty(directory: &Path) -> Result<bool, TargetError> {
-    match fs::read_dir(directory) {
-        Ok(mut entries) => Ok(entries.next().is_none()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(true),
-        Err(e) => Err(io_error("list", directory)(e)),
-    }
+    Ok(entries(directory)?.is_empty())
+}
+
+/// What lies in a directory; one that is missing has nothing.
+fn entries(directory: &Path) -> Result<Vec<PathBuf>, TargetError> {
+    let listed = match fs::read_dir(directory) {
+        Ok(listed) => listed.map(|entry| entry.map(|entry| entry.path())).collect(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(e),
+    };
+    listed.map_err(io_error("list", directory))
 }
 
 fn make_directory(path: &Path, mode: u32) -> Result<(), TargetError> {

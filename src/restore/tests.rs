@@ -148,6 +148,25 @@ fn an_interrupted_restore_can_be_repeated() {
     assert!(matches!(again, Err(RestoreError::Target(TargetError::HandedOver(_)))), "{again:?}");
 }
 
+#[test]
+fn one_that_was_killed_before_its_marker_was_there_can_be_repeated() {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let world = runtime.block_on(World::with_backup(None));
+    let plan = runtime.block_on(world.plan(stop(0x80_5000))).expect("plan");
+    let folder = world.path("data").join(target::FOLDER);
+    std::fs::create_dir_all(&folder).expect("as it began");
+    crate::util::durable_fs::write(&folder.join("state.json.4711.tmp"), b"{", 0o600).expect("as it was killed");
+    runtime.block_on(world.restore(&plan, "data")).expect("begun anew");
+    world.assert_restored("data", &files());
+
+    // What is not surely ours is left alone.
+    std::fs::create_dir_all(world.path("other").join(target::FOLDER)).expect("a folder");
+    crate::util::durable_fs::write(&world.path("other").join(target::FOLDER).join("notes"), b"mine", 0o600)
+        .expect("a file");
+    let refused = runtime.block_on(world.restore(&plan, "other"));
+    assert!(matches!(refused, Err(RestoreError::Target(TargetError::NotEmpty(_)))), "{refused:?}");
+}
+
 /// In one process, as in a daemon: those who write have ended when the restore returns, so the next one meets none of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_cancelled_restore_has_no_writers_left_and_can_be_begun_anew_at_once() {

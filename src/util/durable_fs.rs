@@ -91,6 +91,13 @@ fn temporary_name(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
+/// Whether this was left by a process that was killed while it wrote `path`.
+pub fn is_temporary(left: &Path, path: &Path) -> bool {
+    let (left, path) = (left.to_string_lossy(), path.to_string_lossy());
+    let number = left.strip_prefix(&*path).and_then(|rest| rest.strip_prefix('.')?.strip_suffix(".tmp"));
+    number.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
