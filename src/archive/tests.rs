@@ -168,6 +168,30 @@ impl Round {
             self.step().await;
             self.check(&format!("{what}, step {step}"));
         }
+        self.settle(what).await;
+    }
+
+    /// More than a segment, with a fail-over. Returns the number of requests before nothing fails any more.
+    async fn run_simple(&mut self, fault: Option<(u64, Fault)>, what: &str) -> u64 {
+        self.store.state().faults = fault.into_iter().collect();
+        self.server.cluster().append(1, 5000);
+        for step in 0..3 {
+            self.revive().await;
+            self.server.cluster().append(step, 400_000);
+            if step == 1 {
+                self.promote();
+            }
+            self.server.changed.send_modify(|count| *count += 1);
+            tokio::time::sleep(Duration::from_secs(15)).await;
+            self.check(what);
+        }
+        let calls = self.store.state().calls;
+        self.settle(what).await;
+        calls
+    }
+
+    /// Nothing fails any more: everything is stored in the end, and nothing else.
+    async fn settle(&mut self, what: &str) {
         self.store.state().faults.clear();
         self.store.state().delays.clear();
         let begin = tokio::time::Instant::now();
@@ -227,6 +251,20 @@ fn round(seed: u64) {
         let mut round = Round::new(seed);
         round.run(&format!("round {seed} (PGRECALL_SEED={seed} PGRECALL_ROUNDS=1)")).await;
     });
+}
+
+#[test]
+fn whichever_request_of_an_archiver_fails_all_is_stored_in_the_end() {
+    let run = |fault: Option<(u64, Fault)>| {
+        jumping_clock(1).block_on(async { Round::new(1).run_simple(fault, &format!("{fault:?}")).await })
+    };
+    let calls = run(None);
+    assert!((30..150).contains(&calls), "{calls}");
+    for call in 1..=calls {
+        for fault in [Fault::ErrorAfter, Fault::Refused, Fault::Cut, Fault::Hang, Fault::Crash] {
+            run(Some((call, fault)));
+        }
+    }
 }
 
 /// `PGRECALL_SLOW=1` runs 20 000; `PGRECALL_SEED` says where to begin, `PGRECALL_ROUNDS` how many.

@@ -1,3 +1,5 @@
+mod calls_tests;
+
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 

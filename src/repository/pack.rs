@@ -17,8 +17,8 @@ use crate::util::digest::{Digest, hex, unhex};
 
 /// Most plain bytes in one frame.
 pub const FRAME_BYTES_MAX: usize = 1 << 20;
-/// A pack is closed when it has this many bytes.
-pub const PACK_BYTES: usize = 16 << 20;
+/// A pack is closed when it has this many bytes. Few in this crate's tests, so that a small backup has several packs.
+pub const PACK_BYTES: usize = if cfg!(test) { 256 << 10 } else { 16 << 20 };
 
 /// Which pack, and the salt of its key.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]

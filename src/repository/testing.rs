@@ -83,6 +83,11 @@ impl World {
         let location = Location::File(dir.path().join("repository"));
         let settings = StoreSettings { attempts_max: 2, ..StoreSettings::default() };
         let store = Store::open(&location, "shop", settings).expect("open");
+        World::over(store, dir, master).await
+    }
+
+    /// In any store; `dir` is for what is restored.
+    pub async fn over(store: Store, dir: TempDir, master: Option<&MasterKey>) -> World {
         let repository = Repository::open_or_create(store, 3, master).await.expect("create");
         let identity = Identity {
             system_id: SystemId(7),
@@ -99,11 +104,16 @@ impl World {
     /// With a backup [3/300028, 3/400000) and WAL of timeline 1 in segments 3 to 9.
     pub async fn with_backup(master: Option<&MasterKey>) -> World {
         let world = World::new(master).await;
-        for segment in 3..10 {
-            world.put_segment(T1, segment).await;
-        }
-        world.put_backup(&files()).await;
+        world.fill().await;
         world
+    }
+
+    /// Puts a backup [3/300028, 3/400000) and WAL of timeline 1 in segments 3 to 9.
+    pub async fn fill(&self) {
+        for segment in 3..10 {
+            self.put_segment(T1, segment).await;
+        }
+        self.put_backup(&files()).await;
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

@@ -1,3 +1,5 @@
+mod calls_tests;
+
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;

@@ -142,17 +142,22 @@ impl SimStore {
         Store::over(Arc::new(self.clone()), settings, PAGE)
     }
 
-    /// Does `work` until it ends or its process is dead; `None` then. Runs it in a runtime of its own: of what it had begun
-    /// nothing goes on afterwards. Time passes as soon as there is nothing to do.
+    /// Does `work` until it ends or its process is dead; `None` then. Time passes as soon as there is nothing to do.
     pub fn process<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        self.process_on(jumping_clock(8), work)
+    }
+
+    /// As [`SimStore::process`], in this runtime: of what it had begun nothing goes on afterwards.
+    pub fn process_on<T>(&self, runtime: tokio::runtime::Runtime, work: impl Future<Output = T>) -> Option<T> {
         let death = self.state().death.clone();
-        let ended = jumping_clock(8).block_on(async {
+        let ended = runtime.block_on(async {
             tokio::select! {
                 biased;
                 () = death.notified() => None,
                 ended = work => Some(ended),
             }
         });
+        drop(runtime);
         let mut state = self.state();
         state.crashed = false;
         state.faults.clear();
@@ -263,9 +268,10 @@ impl SimStore {
     }
 
     /// Whether the answer is cut.
-    async fn read(&self) -> Result<bool> {
+    async fn read(&self, path: &Path) -> Result<bool> {
         match self.turn(None).await {
-            Some(Fault::Error | Fault::ErrorAfter | Fault::Refused) => Err(failed()),
+            Some(Fault::Error | Fault::ErrorAfter) => Err(failed()),
+            Some(Fault::Refused) => Err(refused(path)),
             fault => Ok(fault == Some(Fault::Cut)),
         }
     }
@@ -276,7 +282,7 @@ impl SimStore {
             let (store, prefix) = (store.clone(), prefix.clone());
             async move {
                 let after = after?;
-                let cut = match store.read().await {
+                let cut = match store.read(&prefix.clone().unwrap_or_default()).await {
                     Ok(cut) => cut,
                     Err(error) => return Some((vec![Err(error)], None)),
                 };
@@ -306,7 +312,7 @@ impl ObjectStore for SimStore {
     }
 
     async fn get_opts(&self, path: &Path, options: GetOptions) -> Result<GetResult> {
-        let cut = self.read().await?;
+        let cut = self.read(path).await?;
         let state = self.state();
         let missing = || Error::NotFound { path: path.to_string(), source: "no such key".into() };
         let meta = state.meta(path).ok_or_else(missing)?;
@@ -346,7 +352,7 @@ impl ObjectStore for SimStore {
     }
 
     async fn list_with_delimiter(&self, prefix: Option<&Path>) -> Result<ListResult> {
-        if self.read().await? {
+        if self.read(&prefix.cloned().unwrap_or_default()).await? {
             return Err(failed());
         }
         let state = self.state();
