@@ -1,4 +1,5 @@
 mod calls_tests;
+mod power_tests;
 
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
