@@ -114,7 +114,7 @@ impl<'a> Reach<'a> {
         let claim = claim.map(|claim| self.place(claim.lsn, Some(claim.until())));
         let backup = self.backups.iter().rev().find(|(backup, _)| backup.stop_lsn <= lsn).map(end_of);
         let earlier = claim.into_iter().chain(backup).max_by_key(|place| place.lsn);
-        let later = self.backups.iter().find(|(backup, _)| backup.stop_lsn >= lsn).map(end_of);
+        let later = self.backups.iter().find(|(backup, _)| backup.stop_lsn > lsn).map(end_of);
         Nearest { earlier, later }
     }
 

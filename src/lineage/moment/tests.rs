@@ -354,16 +354,16 @@ fn wal_without_an_index_is_named() {
     archive.claim(ONE, "a", 100.0, 400);
     let lost = archive.indexes.remove(1);
     archive.check("t:15", "before 120 on 1 from b1");
-    archive.check("t:45", "NotIndexed");
+    archive.check("t:45", "NotIndexed: 110");
     archive.check("latest", "after last of 400 on 1 from b1");
-    archive.check("xid:240", "NotIndexed");
+    archive.check("xid:240", "NotIndexed: 110");
     archive.check("xid:350", "after 350 on 1 from b1");
     archive.indexes.insert(1, lost);
     archive.indexes.pop();
-    archive.check("t:60", "NotIndexed");
-    archive.check("latest", "NotIndexed");
+    archive.check("t:60", "NotIndexed: 110");
+    archive.check("latest", "NotIndexed: 110");
     archive.indexes.clear();
-    archive.check("latest", "NotIndexed");
+    archive.check("latest", "NotIndexed: 110");
     archive.check("t:15", "NotIndexed: 110");
 }
 
