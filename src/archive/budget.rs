@@ -3,12 +3,16 @@
 //! Nobody waits here: a stream that finds the budget short stops reading beyond [`SHARE_MIN`] and lets go of what is stored.
 //! So one whose store hangs holds at most its own buffer, and all others go on.
 //!
+//! A whole unit is compressed by as many threads at a time as there are processors: more of them would only hold more. Parts,
+//! which are small and must be quick, do not wait for that.
+//!
 //! Invariant: `held` is the sum of what is alive; it falls when the last copy of the bytes is dropped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// What every stream may hold also when the budget is short.
 pub const SHARE_MIN: u64 = 1 << 20;
@@ -18,11 +22,20 @@ pub const SHARE_MIN: u64 = 1 << 20;
 pub struct Budget {
     bytes_max: u64,
     held: AtomicU64,
+    encoders: Semaphore,
 }
 
 impl Budget {
     pub fn new(bytes_max: u64) -> Arc<Budget> {
-        Arc::new(Budget { bytes_max, held: AtomicU64::new(0) })
+        let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Arc::new(Budget { bytes_max, held: AtomicU64::new(0), encoders: Semaphore::new(processors) })
+    }
+
+    /// The turn of a whole unit to be encoded; `None` never comes, for nobody closes it.
+    ///
+    /// Cancel safety: whoever gives up leaves the queue.
+    pub async fn encoder(&self) -> Option<SemaphorePermit<'_>> {
+        self.encoders.acquire().await.ok()
     }
 
     /// Whether more is held than should be.

@@ -354,7 +354,7 @@ impl Archiver {
             trouble: troubles,
         };
         let (reader, sender) = stream.split();
-        let uploader = Uploader::new(destination.clone(), self.settings.puts_in_flight, trouble);
+        let uploader = Uploader::new(destination.clone(), &self.settings, trouble);
         let leave = cancel.child_token();
         let watching = AbortOnDropHandle::new(tokio::spawn(others.run(leave.clone()).in_current_span()));
         let (ended, _reader) = Stream::new(context, resume.clone(), sender, uploader).run(reader, &leave).await;

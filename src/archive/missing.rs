@@ -122,7 +122,7 @@ async fn fetch(
     let (mut reader, _sender) = session.start_replication(&from).await?.split();
     let mut assembler = Assembler::new(size, start_lsn, &archiver.settings.budget);
     let (trouble, _) = watch::channel(None);
-    let mut uploader = Uploader::new(destination.clone(), archiver.settings.puts_in_flight, trouble);
+    let mut uploader = Uploader::new(destination.clone(), &archiver.settings, trouble);
     let mut bytes_stored = 0;
     while assembler.held_from() < lacking.end_lsn {
         let Ok(Ok(event)) = tokio::time::timeout(SILENCE_MAX, next_data(&mut reader)).await else { break };

@@ -5,6 +5,7 @@
 //!
 //! Invariants: at most `puts_in_flight` requests at once; a job ends only stored or cancelled.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,6 +15,8 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use super::budget::Budget;
+use super::settings::Settings;
 use crate::pg::{Lsn, SegmentSize, TimelineId};
 use crate::repository::codec::Kind;
 use crate::repository::layout::{ContentHash, Incarnation, WalRange};
@@ -53,6 +56,7 @@ pub type StoreTrouble = Option<String>;
 /// The uploads of one stream.
 pub struct Uploader {
     destination: Destination,
+    budget: Arc<Budget>,
     jobs: JoinSet<Option<Stored>>,
     puts_in_flight: usize,
     in_flight_bytes: u64,
@@ -62,9 +66,10 @@ pub struct Uploader {
 }
 
 impl Uploader {
-    pub fn new(destination: Destination, puts_in_flight: usize, trouble: watch::Sender<StoreTrouble>) -> Self {
+    pub fn new(destination: Destination, settings: &Settings, trouble: watch::Sender<StoreTrouble>) -> Self {
         let (jobs, cancel) = (JoinSet::new(), CancellationToken::new());
-        Uploader { destination, jobs, puts_in_flight, in_flight_bytes: 0, trouble, cancel, failed: false }
+        let (budget, puts_in_flight) = (Arc::clone(&settings.budget), settings.puts_in_flight);
+        Uploader { destination, budget, jobs, puts_in_flight, in_flight_bytes: 0, trouble, cancel, failed: false }
     }
 
     pub fn destination(&self) -> &Destination {
@@ -92,7 +97,8 @@ impl Uploader {
     /// Starts to put `bytes`, which begin at `start_lsn` and lie within one segment.
     pub fn start(&mut self, timeline: TimelineId, start_lsn: Lsn, bytes: Bytes, unit: bool) {
         self.in_flight_bytes += bytes.len() as u64;
-        let job = Job { destination: self.destination.clone(), timeline, start_lsn, bytes, unit };
+        let (destination, budget) = (self.destination.clone(), Arc::clone(&self.budget));
+        let job = Job { destination, budget, timeline, start_lsn, bytes, unit };
         let (trouble, cancel) = (self.trouble.clone(), self.cancel.clone());
         let work = async move {
             tokio::select! {
@@ -133,6 +139,7 @@ impl Uploader {
 
 struct Job {
     destination: Destination,
+    budget: Arc<Budget>,
     timeline: TimelineId,
     start_lsn: Lsn,
     bytes: Bytes,
@@ -183,12 +190,14 @@ impl Job {
         let Destination { repository, incarnation, segment_size } = &self.destination;
         let (codec, bytes) = (repository.codec().clone(), self.bytes.clone());
         let (incarnation, size, job) = (*incarnation, *segment_size, self.place(*segment_size));
+        let turn = if self.unit { self.budget.encoder().await } else { None };
         let encoded = tokio::task::spawn_blocking(move || {
             let digest = codec.digest(&bytes);
             let key = Key::wal(incarnation, &WalRange { hash: ContentHash::of(&digest), ..job }, size);
             codec.encode_digested(&key, Kind::Wal, &bytes, digest).map(|encoded| (key, encoded.bytes))
         });
         let encoded = encoded.await.map_err(|_| RepositoryError::Stopping)?;
+        drop(turn);
         let (key, stored) = encoded.map_err(|source| RepositoryError::Corrupt { key: "WAL".into(), source })?;
         let size = stored.len() as u64;
         let tag = repository.store().put(&key, Bytes::from(stored)).await?;

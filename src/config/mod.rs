@@ -84,7 +84,7 @@ impl Default for Limits {
             restores: 2,
             backup_bandwidth_max: None,
             restore_bandwidth_max: None,
-            wal_buffer_max: 256 * MIB,
+            wal_buffer_max: 128 * MIB,
         }
     }
 }
