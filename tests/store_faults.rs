@@ -8,6 +8,7 @@ use pgrecall::repository::location::{Credentials, Location, S3Location};
 use pgrecall::repository::store::{Store, StoreSettings};
 use pgrecall::repository::{Repository, identity};
 use pgrecall::util::secret::Secret;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use crate::archive::{Running, assert_equal_to_server, keep, stored, write};
 use crate::common::NEWEST;
@@ -97,6 +98,59 @@ async fn what_a_store_does_on_bad_days_is_hidden() {
         scene.proxy.clear();
     }
     assert!(scene.proxy.faults() >= 12, "the faults happened");
+    scene.running.stop().await;
+}
+
+/// Any fault, on any kind of request, once or several times, beside restarts. `PGRECALL_SEED` and `PGRECALL_ROUNDS` choose which and
+/// how many.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_mix_of_bad_days_loses_anything() {
+    let number = |name, default| std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default);
+    let (rounds, seed) = (number("PGRECALL_ROUNDS", 12), number("PGRECALL_SEED", u64::from(std::process::id())));
+    println!("PGRECALL_SEED={seed} PGRECALL_ROUNDS={rounds}");
+    let mut random = StdRng::seed_from_u64(seed);
+    let faults = [
+        Fault::Delay(Duration::from_millis(300)),
+        Fault::SlowDrip(40, Duration::from_millis(5)),
+        Fault::TOO_MANY,
+        Fault::SLOW_DOWN,
+        Fault::INTERNAL,
+        Fault::NOT_FOUND,
+        Fault::SKEWED_CLOCK,
+        Fault::EXPIRED_TOKEN,
+        Fault::DENIED,
+        Fault::CONDITION_FAILED,
+        Fault::CutRequest,
+        Fault::CutReply,
+        Fault::CutBody,
+        Fault::RefuseAfterDone(500, "InternalError"),
+        Fault::ErrorInOk,
+        Fault::Truncate,
+        Fault::FlipBit,
+        Fault::WrongEtag,
+    ];
+    let mut scene = Scene::new().await;
+    for round in 1..=rounds {
+        if random.random_range(0..3) == 0 {
+            let next = Running::start_with(&scene.repository, config(&scene.cluster), Settings::default()).await;
+            std::mem::replace(&mut scene.running, next).kill().await;
+        }
+        for _ in 0..random.random_range(1..4) {
+            let fault = faults[random.random_range(0..faults.len())].clone();
+            let operation = ["PUT", "GET", "HEAD", "LIST"][random.random_range(0..4)];
+            let rule = Rule::new(fault).on(operation).skip(random.random_range(0..4)).times(random.random_range(1..6));
+            println!("round {round}: {rule:?}");
+            scene.proxy.add(rule);
+        }
+        write(&scene.cluster, random.random_range(100..40_000));
+        if random.random_range(0..2) == 0 {
+            scene.cluster.switch_wal();
+        }
+        let end = write(&scene.cluster, 100);
+        scene.running.wait("what arrived", |s| s.received_lsn >= end || !matches!(s.state, State::Streaming)).await;
+        scene.proxy.clear();
+        scene.all_is_stored(end).await;
+    }
     scene.running.stop().await;
 }
 
