@@ -8,11 +8,12 @@ use std::process::{Command, Stdio};
 use super::Installation;
 
 /// A command for `program` of this installation without anything that the caller's environment would change about it:
-/// `PGDATA`, `PGOPTIONS`, `PGHOST`, `PGSERVICE` and their like are removed, messages are in English.
+/// `PGDATA`, `PGOPTIONS`, `PGHOST`, `PGSERVICE` and their like are removed, and what the C library is told for us alone
+/// (`MALLOC_…`); messages are in English.
 pub fn command(installation: &Installation, program: &str) -> Command {
     let mut command = Command::new(installation.program(program));
     for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("PG") {
+        if ["PG", "MALLOC_"].iter().any(|ours| name.to_string_lossy().starts_with(ours)) {
             command.env_remove(&name);
         }
     }
