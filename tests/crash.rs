@@ -9,13 +9,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use pgrecall::pg::Lsn;
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand::{RngExt, rngs::StdRng};
 
 use crate::common::ledger::{self, Ledger, TransactionEnd};
 use crate::common::minio::Minio;
 use crate::common::pgrecall::{Environment, Pgrecall, Store};
 use crate::common::postgres::Cluster;
-use crate::common::{NEWEST, wait};
+use crate::common::{NEWEST, chance, wait};
 
 const OUTAGE_MAX_S: f64 = 60.0;
 
@@ -29,10 +29,8 @@ struct World {
 
 #[test]
 fn no_commit_is_lost_or_added_whatever_is_killed() {
-    let number = |name, default| std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default);
-    let (rounds, seed) = (number("PGRECALL_ROUNDS", 25), number("PGRECALL_SEED", u64::from(std::process::id())));
-    println!("PGRECALL_SEED={seed} PGRECALL_ROUNDS={rounds}");
-    let mut world = World::new(seed);
+    let (rounds, random) = chance::rounds(25);
+    let mut world = World::new(random);
     for round in 1..=rounds {
         let millis = world.random.random_range(20..3000);
         std::thread::sleep(Duration::from_millis(millis));
@@ -46,7 +44,7 @@ fn no_commit_is_lost_or_added_whatever_is_killed() {
 }
 
 impl World {
-    fn new(seed: u64) -> World {
+    fn new(random: StdRng) -> World {
         let primary = ledger::keep_wal(Cluster::builder(NEWEST)).start();
         let minio = Minio::own();
         let store = Store::Bucket(minio.bucket(), "kill".to_owned());
@@ -58,7 +56,7 @@ impl World {
         // Rested a little, so that a comparison after an hour of rounds still takes seconds.
         let ledger = Ledger::start_with_pause(&primary, 4, Duration::from_millis(4));
         ledger.wait_for(20);
-        World { primary, minio, host, ledger, random: StdRng::seed_from_u64(seed) }
+        World { primary, minio, host, ledger, random }
     }
 
     fn kill_one(&mut self) -> &'static str {

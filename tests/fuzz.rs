@@ -26,14 +26,11 @@ use pgrecall::wal::{Fragments, Indexer, Reader, SegmentIndex, Start};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use crate::common::chance::number;
 use crate::common::postgres::Cluster;
 use crate::common::{NEWEST, slow};
 
 const SLOW: Duration = Duration::from_secs(150);
-
-fn number(name: &str) -> Option<u64> {
-    std::env::var(name).ok().and_then(|n| n.parse().ok())
-}
 
 /// Says which round it was when it panics.
 struct Round(u64, u64);

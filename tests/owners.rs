@@ -6,22 +6,20 @@
 use std::process::Stdio;
 use std::time::Duration;
 
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand::RngExt;
 
 use crate::common::guard::Process;
 use crate::common::ledger::{self, Ledger};
 use crate::common::minio::Minio;
 use crate::common::pgrecall::{Environment, Pgrecall, Store};
 use crate::common::postgres::Cluster;
-use crate::common::{NEWEST, wait};
+use crate::common::{NEWEST, chance, wait};
 use crate::crash::restore;
+use crate::retention::backups;
 
 #[test]
 fn an_owner_that_sleeps_too_long_and_wakes_up_makes_nothing_visible_and_loses_nothing() {
-    let number = |name, default| std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default);
-    let (rounds, seed) = (number("PGRECALL_ROUNDS", 1), number("PGRECALL_SEED", u64::from(std::process::id())));
-    println!("PGRECALL_SEED={seed} PGRECALL_ROUNDS={rounds}");
-    let mut random = StdRng::seed_from_u64(seed);
+    let (rounds, mut random) = chance::rounds(1);
     let primary = ledger::keep_wal(Cluster::builder(NEWEST).setting("wal_sender_timeout", "2s")).start();
     let shop = Environment::new("shop", Store::Bucket(Minio::shared(), "owners".into())).cluster(&primary);
     let mut hosts = [Pgrecall::new(std::slice::from_ref(&shop)), Pgrecall::new(std::slice::from_ref(&shop))];
@@ -61,9 +59,4 @@ fn an_owner_that_sleeps_too_long_and_wakes_up_makes_nothing_visible_and_loses_no
     host.run(&["verify", "shop", "--read-data"]);
     let restored = restore(host, "latest", &primary.scratch().join("latest"));
     ledger.check_holds(&restored, &ledger.acknowledged());
-}
-
-fn backups(host: &Pgrecall) -> Vec<String> {
-    let listed = host.json(&["backups", "shop"]);
-    listed["backups"].as_array().unwrap().iter().map(|backup| backup["id"].as_str().unwrap().to_owned()).collect()
 }

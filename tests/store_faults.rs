@@ -8,14 +8,14 @@ use pgrecall::repository::location::{Credentials, Location, S3Location};
 use pgrecall::repository::store::{Store, StoreSettings};
 use pgrecall::repository::{Repository, identity};
 use pgrecall::util::secret::Secret;
-use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand::RngExt;
 
 use crate::archive::{Running, assert_equal_to_server, keep, stored, write};
-use crate::common::NEWEST;
 use crate::common::minio::{Bucket, Minio};
 use crate::common::pgrecall::{Environment, Pgrecall, Store as Place};
 use crate::common::postgres::{Cluster, Stop};
 use crate::common::proxy::s3::{Fault, Rule, S3Proxy};
+use crate::common::{NEWEST, chance};
 use crate::replication::config;
 
 /// A bucket as the program reaches it.
@@ -105,10 +105,7 @@ async fn what_a_store_does_on_bad_days_is_hidden() {
 /// how many.
 #[tokio::test(flavor = "multi_thread")]
 async fn no_mix_of_bad_days_loses_anything() {
-    let number = |name, default| std::env::var(name).ok().and_then(|n| n.parse().ok()).unwrap_or(default);
-    let (rounds, seed) = (number("PGRECALL_ROUNDS", 12), number("PGRECALL_SEED", u64::from(std::process::id())));
-    println!("PGRECALL_SEED={seed} PGRECALL_ROUNDS={rounds}");
-    let mut random = StdRng::seed_from_u64(seed);
+    let (rounds, mut random) = chance::rounds(12);
     let faults = [
         Fault::Delay(Duration::from_millis(300)),
         Fault::SlowDrip(40, Duration::from_millis(5)),

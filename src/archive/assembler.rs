@@ -33,7 +33,6 @@ pub struct Assembler {
     unit_bytes: u64,
     start_lsn: Lsn,
     held: Held,
-    budget: Arc<Budget>,
 }
 
 impl Assembler {
@@ -41,7 +40,7 @@ impl Assembler {
     pub fn new(segment_size: SegmentSize, start_lsn: Lsn, budget: &Arc<Budget>) -> Self {
         let unit_bytes = unit_bytes(segment_size);
         debug_assert_eq!(start_lsn.0 % unit_bytes, 0);
-        Assembler { unit_bytes, start_lsn, held: Held::new(budget), budget: Arc::clone(budget) }
+        Assembler { unit_bytes, start_lsn, held: Held::new(budget) }
     }
 
     pub fn unit_bytes(&self) -> u64 {
@@ -98,16 +97,15 @@ impl Assembler {
 
     fn let_go(&mut self, until: Lsn) -> Held {
         self.start_lsn = until;
-        std::mem::replace(&mut self.held, Held::new(&self.budget))
+        self.held.take()
     }
 
     /// A copy of `[from, to)`, when all of it is held.
     pub fn copy(&self, from: Lsn, to: Lsn) -> Option<Bytes> {
         let start = usize::try_from(from.checked_since(self.start_lsn)?).ok()?;
         let end = usize::try_from(to.checked_since(self.start_lsn)?).ok()?;
-        let mut copy = Held::new(&self.budget);
-        copy.extend(self.held.as_ref().get(start..end)?);
-        Some(copy.freeze())
+        let bytes = self.held.as_ref().get(start..end)?;
+        Some(self.held.copy(bytes).freeze())
     }
 }
 

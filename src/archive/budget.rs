@@ -57,6 +57,19 @@ impl Held {
         Held { bytes: Vec::new(), counted: 0, budget: Arc::clone(budget) }
     }
 
+    /// What is held, in exchange for nothing.
+    pub fn take(&mut self) -> Held {
+        let nothing = self.copy(&[]);
+        std::mem::replace(self, nothing)
+    }
+
+    /// A copy of `bytes` that counts against the same budget.
+    pub fn copy(&self, bytes: &[u8]) -> Held {
+        let mut copy = Held::new(&self.budget);
+        copy.extend(bytes);
+        copy
+    }
+
     pub fn extend(&mut self, bytes: &[u8]) {
         self.bytes.extend_from_slice(bytes);
         // A vector that grows has room for more than it has: that is memory, too.

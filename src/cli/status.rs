@@ -51,7 +51,7 @@ struct DaemonReport {
     error: Option<Failure>,
 }
 
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Serialize)]
 struct EnvironmentReport {
     name: String,
     state: State,
@@ -143,11 +143,10 @@ async fn run_once(context: &Context, arguments: &Arguments) -> Result<(), Failur
         EnvironmentReport::new(environment, status, &daemon).with(&jobs)
     });
     let reports: Vec<EnvironmentReport> = reports.collect();
-    let wanted_count = wanted.len();
+    let patience = (wanted.len() > 1).then_some(READ_PATIENCE);
     let read = reports.into_iter().zip(&wanted).map(|(report, environment)| async move {
         match report.store.is_none() || read_all {
-            true if wanted_count > 1 => report.read_store_within(READ_PATIENCE, environment).await,
-            true => report.read_store(environment).await,
+            true => report.read_store(environment, patience).await,
             false => report,
         }
     });
@@ -210,19 +209,17 @@ impl EnvironmentReport {
         EnvironmentReport { jobs, ..self }
     }
 
-    async fn read_store_within(self, patience: Duration, environment: &Environment) -> Self {
-        let mut unread = self.clone();
-        let read = tokio::time::timeout(patience, self.read_store(environment)).await;
-        read.unwrap_or_else(|_| {
-            let message = format!("read the store of {}: no answer within {} s", unread.name, patience.as_secs());
-            let hint = format!("`pgrecall status {}` waits for it.", unread.name);
-            unread.error = Some(Failure::new(Code::Store, message).hint(hint));
-            unread
-        })
-    }
-
-    async fn read_store(self, environment: &Environment) -> Self {
-        let (store, error) = match store_state::load(environment).await {
+    /// Waits for the store as long as it takes, or so long.
+    async fn read_store(self, environment: &Environment, patience: Option<Duration>) -> Self {
+        let read = store_state::load(environment);
+        let read = match patience {
+            None => read.await,
+            Some(patience) => tokio::time::timeout(patience, read).await.unwrap_or_else(|_| {
+                let message = format!("read the store of {}: no answer within {} s", self.name, patience.as_secs());
+                Err(Failure::new(Code::Store, message).hint(format!("`pgrecall status {}` waits for it.", self.name)))
+            }),
+        };
+        let (store, error) = match read {
             Ok(store) => (store, None),
             Err(failure) => (None, Some(failure)),
         };

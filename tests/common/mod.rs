@@ -11,6 +11,7 @@
 //! Everything that is started is known to the [`guard`], which ends it when the test process is gone, however it went.
 #![allow(dead_code, reason = "each test uses a part of the harness")]
 
+pub mod chance;
 pub mod clock;
 pub mod compare;
 pub mod guard;
