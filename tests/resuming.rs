@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use pgrecall::archive::{ArchiveStatus, Settings, State};
-use pgrecall::pg::TimelineId;
+use pgrecall::pg::{SegmentSize, TimelineId};
 
 use crate::archive::{Running, assert_equal_to_server, keep, repository, stored, write};
 use crate::common::NEWEST;
@@ -81,4 +81,28 @@ async fn a_standby_promoted_while_the_old_primary_streams_is_followed_with_an_al
     running.stop().await;
     assert!(assert_equal_to_server(&new, 2, &stored(&repository, 2).await) > 0);
     assert_eq!(new.query("SELECT count(*) FROM t"), "4000");
+}
+
+/// Its slot keeps WAL of the timeline before: that is stored first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_first_seen_after_its_promotion_gives_the_wal_before_the_fork_too() {
+    let dir = Directory::new("archive");
+    let repository = repository(dir.path()).await;
+    let mut primary = keep(NEWEST);
+    let standby = primary.standby();
+    let settings = Settings::default();
+    standby.query(&format!("SELECT pg_create_physical_replication_slot('{}', true)", settings.slot));
+    let kept = standby.lsn("SELECT restart_lsn FROM pg_replication_slots");
+    let end = write(&primary, 20_000);
+    standby.wait_replayed(end);
+    primary.stop(Stop::Fast);
+    standby.promote();
+    standby.wait_writable();
+    let running = Running::start_with(&repository, config(&standby), settings).await;
+    let status = running.wait_stored(write(&standby, 10)).await;
+    assert_eq!((status.gaps_found, status.stored.map(|s| s.timeline)), (0, Some(TimelineId(2))));
+    running.stop().await;
+    let (old, new) = (stored(&repository, 1).await, stored(&repository, 2).await);
+    assert_eq!(old.keys().next(), Some(&SegmentSize::MIB_16.segment_of(kept)));
+    assert!(assert_equal_to_server(&standby, 1, &old) > 0 && assert_equal_to_server(&standby, 2, &new) > 0);
 }

@@ -267,11 +267,7 @@ impl Archiver {
         server.session.create_physical_slot(&self.settings.slot).await.context("create the replication slot")?;
         let slot_restart_lsn = self.slot_restart(&mut server.session, server.host_index).await?;
         let position = ServerPosition { slot_restart_lsn, ..position };
-        match resume::plan(&position, &listing, &gaps, size) {
-            Ok(Some(resume)) => Ok(Ok(resume)),
-            Ok(None) => Ok(Ok(begin_at_slot(server.identity, slot_restart_lsn, size))),
-            Err(conflict) => Ok(Err(conflict)),
-        }
+        Ok(resume::plan(&position, &listing, &gaps, size))
     }
 
     /// Where our slot keeps WAL from; `None` when it keeps nothing, or cannot be asked (14 without SQL).
@@ -423,13 +419,6 @@ impl Archiver {
             other => Err(other.into()),
         }
     }
-}
-
-/// The first stream of an empty repository begins where the slot keeps WAL from.
-fn begin_at_slot(identity: SystemIdentity, slot_restart_lsn: Option<Lsn>, size: SegmentSize) -> Resume {
-    let start_lsn = size.start_of(slot_restart_lsn.unwrap_or(identity.flush_lsn));
-    let (reported_lsn, stored_lsn, contiguous_from) = (start_lsn, start_lsn, start_lsn);
-    Resume { timeline: identity.timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known: Vec::new() }
 }
 
 fn first_identity(server: &Server, segment_size: SegmentSize) -> anyhow::Result<Identity> {

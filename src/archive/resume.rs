@@ -106,7 +106,7 @@ pub fn path(position: &ServerPosition) -> Vec<PathStep> {
     steps
 }
 
-/// Decides where to go on; `None` when nothing is stored yet and the slot's position decides.
+/// Decides where to go on; when nothing is stored yet, where the slot keeps WAL from.
 ///
 /// # Errors
 /// [`Conflict`] when going on would mix two pasts.
@@ -115,9 +115,11 @@ pub fn plan(
     listing: &WalListing,
     gaps: &[Gap],
     size: SegmentSize,
-) -> Result<Option<Resume>, Conflict> {
-    let Some(newest) = listing.ranges.iter().map(|o| o.range.timeline).max() else { return Ok(None) };
+) -> Result<Resume, Conflict> {
     let steps = path(position);
+    let Some(newest) = listing.ranges.iter().map(|o| o.range.timeline).max() else {
+        return Ok(begin_at_slot(position, &steps, size));
+    };
     if position.timeline < newest {
         return Err(Conflict::OlderTimeline { server: position.timeline, stored: newest });
     }
@@ -125,12 +127,11 @@ pub fn plan(
         let stored = listing.ranges.iter().any(|o| o.range.timeline == step.timeline);
         stored || gaps.iter().any(|g| g.timeline == step.timeline)
     };
-    let Some(index) = steps.iter().rposition(noted) else {
+    let Some((index, step)) = steps.iter().enumerate().rfind(|(_, step)| noted(step)) else {
         let mut stored: Vec<String> = listing.ranges.iter().map(|o| o.range.timeline.to_string()).collect();
         stored.dedup();
         return Err(Conflict::NoCommonHistory { server: position.timeline, stored: stored.join(", ") });
     };
-    let Some(step) = steps.get(index) else { return Ok(None) };
     let begin = stream_begin(position, &steps, index, noted, size);
     let (contiguous_from, stored_lsn) = prefix(listing, gaps, step.timeline, begin, size);
     let ranges = || listing.ranges.iter().map(|o| &o.range).filter(|r| r.timeline == step.timeline);
@@ -138,7 +139,7 @@ pub fn plan(
         && stored_lsn >= switch
         && let Some(next) = after_switch(&steps, index, switch)
     {
-        return Ok(Some(begin_timeline(next, switch, contiguous_from, size)));
+        return Ok(begin_timeline(next, switch, contiguous_from, size));
     }
     // Only what the server had flushed was ever stored, behind a hole too.
     let stored_end = ranges().map(|r| r.end_lsn(size)).max().unwrap_or(stored_lsn).max(stored_lsn);
@@ -152,7 +153,18 @@ pub fn plan(
     let known = ranges().filter(|r| r.end_lsn(size) > start_lsn).filter(sent).cloned().collect();
     // What is stored of the unit itself counts only when the server has sent the same bytes again.
     let reported_lsn = start_lsn.max(step.begin_lsn.min(stored_lsn));
-    Ok(Some(Resume { timeline: step.timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known }))
+    Ok(Resume { timeline: step.timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known })
+}
+
+/// The first stream of an empty repository begins where the slot keeps WAL from, which may be before the last fork: on the
+/// timeline that wrote that position. Without a slot position, where the server is.
+fn begin_at_slot(position: &ServerPosition, steps: &[PathStep], size: SegmentSize) -> Resume {
+    let from = position.slot_restart_lsn.unwrap_or(position.flush_lsn);
+    let wrote = steps.iter().find(|step| step.switch_lsn.is_none_or(|switch| from < switch));
+    let timeline = wrote.map_or(position.timeline, |step| step.timeline);
+    let start_lsn = size.start_of(from);
+    let (reported_lsn, stored_lsn, contiguous_from) = (start_lsn, start_lsn, start_lsn);
+    Resume { timeline, start_lsn, reported_lsn, stored_lsn, contiguous_from, known: Vec::new() }
 }
 
 fn unit_start(lsn: Lsn, size: SegmentSize) -> Lsn {
@@ -265,12 +277,24 @@ mod tests {
     }
 
     fn go_on(position: &ServerPosition, ranges: &[WalRange]) -> Resume {
-        plan(position, &listing(ranges), &[], SIZE).expect("no conflict").expect("something is stored")
+        plan(position, &listing(ranges), &[], SIZE).expect("no conflict")
     }
 
     #[test]
-    fn an_empty_repository_leaves_it_to_the_slot() {
-        assert_eq!(plan(&server(1, 5 * SEG, &[]), &listing(&[]), &[], SIZE), Ok(None));
+    fn an_empty_repository_begins_where_the_slot_keeps_wal_from_on_the_timeline_that_wrote_it() {
+        let fork = 4 * SEG + 500;
+        let begin = |slot_restart_lsn: Option<u64>| {
+            let slot_restart_lsn = slot_restart_lsn.map(Lsn);
+            let position = ServerPosition { slot_restart_lsn, ..server(3, 6 * SEG + 9, &[(1, SEG + 7), (2, fork)]) };
+            let resume = go_on(&position, &[]);
+            assert_eq!((resume.reported_lsn, resume.stored_lsn), (resume.start_lsn, resume.start_lsn));
+            (resume.timeline.0, resume.start_lsn.0 / SEG)
+        };
+        assert_eq!(begin(None), (3, 6), "without a slot's position, where the server is");
+        assert_eq!(begin(Some(5 * SEG + 1)), (3, 5));
+        assert_eq!(begin(Some(fork)), (3, 4), "the fork's segment belongs to the new timeline, too");
+        assert_eq!(begin(Some(fork - 1)), (2, 4), "before the fork");
+        assert_eq!(begin(Some(SEG)), (1, 1), "before both");
     }
 
     #[test]
@@ -313,7 +337,7 @@ mod tests {
             found_at: Timestamp(0),
             cause: String::new(),
         };
-        let resume = plan(&server(1, 9 * SEG, &[]), &listing(&ranges), &[gap], SIZE).expect("fine").expect("stored");
+        let resume = plan(&server(1, 9 * SEG, &[]), &listing(&ranges), &[gap], SIZE).expect("fine");
         assert_eq!((resume.contiguous_from, resume.stored_lsn), (Lsn(3 * SEG), Lsn(4 * SEG)));
     }
 
@@ -387,7 +411,7 @@ mod tests {
         let gap = Gap { timeline, start_lsn, end_lsn, found_at: Timestamp(0), cause: String::new() };
         let stored = listing(&[range(1, 1, 0, SEG), range(1, 2, 0, 500)]);
         let position = server(2, 9 * SEG, &[(1, fork)]);
-        let resume = plan(&position, &stored, &[gap], SIZE).expect("fine").expect("stored");
+        let resume = plan(&position, &stored, &[gap], SIZE).expect("fine");
         assert_eq!((resume.timeline, resume.start_lsn), (TimelineId(2), Lsn(6 * SEG)));
     }
 
