@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use pgrecall::archive::Budget;
 use pgrecall::archive::indexing::catch_up;
 use pgrecall::archive::uploader::Destination;
 use pgrecall::backup::{BackupSettings, Progress as BackupProgress};
@@ -237,7 +238,7 @@ async fn a_moment_is_the_same_whether_indexes_are_rolled_up_or_not() {
     }
     let destination = Destination { repository: world.repository.clone(), incarnation, segment_size };
     let before = segment_size.segment_of(cluster.flush_lsn());
-    catch_up(&destination, &known, TimelineId(1), before).await.expect("caught up");
+    catch_up(&destination, &known, TimelineId(1), before, &Budget::new(0)).await.expect("caught up");
     let listed = index::list(&world.repository, incarnation, TimelineId(1), segment_size).await.expect("listed");
     assert!(listed.rollups.len() >= 2, "{:?}", listed.rollups);
     let mut reads = (0, 0);

@@ -210,7 +210,7 @@ async fn what_no_memory_is_left_for_is_stored_in_parts_and_put_together_later() 
     assert!(first > 2 && first < segments - 2, "{first} of {segments} were put whole");
     let last = *before.keys().last().expect("some");
     let written = Written { timeline: TimelineId(1), before: last };
-    let tidied = tidy(&destination, written, chrono::Utc::now()).await.expect("tidy");
+    let tidied = tidy(&destination, written, chrono::Utc::now(), &Budget::new(0)).await.expect("tidy");
     assert_eq!((tidied.assembled as usize, tidied.failed), (segments - first, 0), "{tidied:?}");
     assert_eq!(whole().await, segments);
     assert!(stored(&repository, 1).await == before);

@@ -4,7 +4,8 @@
 //! So one whose store hangs holds at most its own buffer, and all others go on.
 //!
 //! A whole unit is compressed by as many threads at a time as there are processors: more of them would only hold more. Parts,
-//! which are small and must be quick, do not wait for that.
+//! which are small and must be quick, do not wait for that. Housekeeping, which nobody waits for, reads as many stored units
+//! at a time: after a start every environment has some to look at.
 //!
 //! Invariant: `held` is the sum of what is alive; it falls when the last copy of the bytes is dropped.
 
@@ -23,12 +24,14 @@ pub struct Budget {
     bytes_max: u64,
     held: AtomicU64,
     encoders: Semaphore,
+    housekeepers: Semaphore,
 }
 
 impl Budget {
     pub fn new(bytes_max: u64) -> Arc<Budget> {
         let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-        Arc::new(Budget { bytes_max, held: AtomicU64::new(0), encoders: Semaphore::new(processors) })
+        let (encoders, housekeepers) = (Semaphore::new(processors), Semaphore::new(processors));
+        Arc::new(Budget { bytes_max, held: AtomicU64::new(0), encoders, housekeepers })
     }
 
     /// The turn of a whole unit to be encoded; `None` never comes, for nobody closes it.
@@ -36,6 +39,13 @@ impl Budget {
     /// Cancel safety: whoever gives up leaves the queue.
     pub async fn encoder(&self) -> Option<SemaphorePermit<'_>> {
         self.encoders.acquire().await.ok()
+    }
+
+    /// The turn of a whole stored unit to be read for housekeeping; as [`Budget::encoder`].
+    ///
+    /// A store that hangs is found out by the listing before; one that hangs later keeps its turn until its request is given up.
+    pub async fn housekeeper(&self) -> Option<SemaphorePermit<'_>> {
+        self.housekeepers.acquire().await.ok()
     }
 
     /// Whether more is held than should be.

@@ -86,7 +86,8 @@ impl Archiver {
     /// Cancel safety: after `cancel` the tail is stored within `shutdown_grace`; dropping the future loses nothing that
     /// was reported to the server.
     pub async fn run(self, cancel: CancellationToken) {
-        let tidying = housekeeping::run(self.repository.clone(), self.status.subscribe(), cancel.clone());
+        let (repository, budget) = (self.repository.clone(), self.settings.budget.clone());
+        let tidying = housekeeping::run(repository, self.status.subscribe(), budget, cancel.clone());
         tokio::join!(self.archive(&cancel), tidying);
         self.set_state(State::Stopped);
     }

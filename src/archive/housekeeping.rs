@@ -1,10 +1,12 @@
 //! What an archiver does from time to time: parts become segments and go, missing indexes are made.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::budget::Budget;
 use super::indexing::catch_up;
 use super::status::ArchiveStatus;
 use super::tidy::{Written, tidy};
@@ -20,7 +22,12 @@ const FIRST: Duration = Duration::from_secs(30);
 /// Does rounds until `cancel` fires.
 ///
 /// Cancel safety: every step can be repeated.
-pub async fn run(repository: Repository, status: watch::Receiver<ArchiveStatus>, cancel: CancellationToken) {
+pub async fn run(
+    repository: Repository,
+    status: watch::Receiver<ArchiveStatus>,
+    budget: Arc<Budget>,
+    cancel: CancellationToken,
+) {
     let mut pause = FIRST;
     loop {
         tokio::select! {
@@ -32,7 +39,7 @@ pub async fn run(repository: Repository, status: watch::Receiver<ArchiveStatus>,
         let done = tokio::select! {
             biased;
             () = cancel.cancelled() => return,
-            done = round(&repository, &status) => done,
+            done = round(&repository, &status, &budget) => done,
         };
         if let Err(error) = done {
             tracing::warn!(%error, "tidy the repository: failed, will be tried again");
@@ -40,18 +47,22 @@ pub async fn run(repository: Repository, status: watch::Receiver<ArchiveStatus>,
     }
 }
 
-async fn round(repository: &Repository, status: &watch::Receiver<ArchiveStatus>) -> Result<(), RepositoryError> {
+async fn round(
+    repository: &Repository,
+    status: &watch::Receiver<ArchiveStatus>,
+    budget: &Budget,
+) -> Result<(), RepositoryError> {
     let Some(stored) = status.borrow().stored else { return Ok(()) };
     let Some(known) = identity::current(repository).await? else { return Ok(()) };
     let (incarnation, segment_size) = (known.incarnation, known.identity.segment_size);
     let destination = Destination { repository: repository.clone(), incarnation, segment_size };
     let before = segment_size.segment_of(stored.end_lsn);
     let written = Written { timeline: stored.timeline, before };
-    let tidied = tidy(&destination, written, clock::now()).await?;
+    let tidied = tidy(&destination, written, clock::now(), budget).await?;
     if let Some(error) = &tidied.trouble {
         tracing::warn!(error, units = tidied.failed, "tidy the repository: not all could be done, will be tried again");
     }
-    let indexed = catch_up(&destination, &known, stored.timeline, before).await?;
+    let indexed = catch_up(&destination, &known, stored.timeline, before, budget).await?;
     tracing::debug!(assembled = tidied.assembled, parts_deleted = tidied.parts_deleted, indexed, "tidied");
     Ok(())
 }

@@ -6,6 +6,7 @@
 use tokio::sync::mpsc;
 
 use super::assembler::Unit;
+use super::budget::Budget;
 use super::rollup::roll_up;
 use super::uploader::Destination;
 use crate::pg::{SegmentNo, TimelineId};
@@ -47,12 +48,14 @@ pub async fn run(destination: Destination, mut units: mpsc::Receiver<(TimelineId
     }
 }
 
-/// Makes the indexes that are missing on a timeline below `before`, and rolls them up. Returns how many were missing.
+/// Makes the indexes that are missing on a timeline below `before`, each when it has its turn in `budget`, and rolls them up.
+/// Returns how many were missing.
 pub async fn catch_up(
     destination: &Destination,
     known: &KnownIncarnation,
     timeline: TimelineId,
     before: SegmentNo,
+    budget: &Budget,
 ) -> Result<u64, RepositoryError> {
     let Destination { repository, incarnation, segment_size } = destination;
     let listing = list_wal_timeline(repository, *incarnation, timeline, *segment_size).await?;
@@ -61,6 +64,7 @@ pub async fn catch_up(
     segments.dedup();
     let mut made = 0;
     for segment in segments.into_iter().filter(|s| *s < before && !stored.segments.contains_key(s)) {
+        let _turn = budget.housekeeper().await;
         let index = match index::build(repository, known, timeline, segment, &listing.ranges).await {
             Ok(index) => index,
             Err(error) if error.is_corrupt() => {

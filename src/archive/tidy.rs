@@ -11,6 +11,7 @@ use std::ops::Range;
 use chrono::{DateTime, TimeDelta, Utc};
 
 use super::assembler::unit_bytes;
+use super::budget::Budget;
 use super::uploader::Destination;
 use crate::pg::{SegmentNo, SegmentSize, TimelineId};
 use crate::repository::catalogue::{WalObject, list_wal, list_wal_timeline};
@@ -42,11 +43,16 @@ pub struct Written {
 
 /// Assembles what exists only as parts and deletes what is covered, on all timelines. `now` is this host's clock; ages are
 /// those of the store. A unit that is damaged keeps nothing but itself from being tidied; when the store does not work,
-/// the rest is left for the next round.
+/// the rest is left for the next round. Every unit waits for its turn in `budget`.
 ///
 /// # Errors
 /// When the WAL cannot be listed.
-pub async fn tidy(destination: &Destination, written: Written, now: DateTime<Utc>) -> Result<Tidied, RepositoryError> {
+pub async fn tidy(
+    destination: &Destination,
+    written: Written,
+    now: DateTime<Utc>,
+    budget: &Budget,
+) -> Result<Tidied, RepositoryError> {
     let Destination { repository, incarnation, segment_size } = destination;
     let listing = list_wal(repository, *incarnation, *segment_size).await?;
     let mut done = Tidied::default();
@@ -56,6 +62,7 @@ pub async fn tidy(destination: &Destination, written: Written, now: DateTime<Utc
         if !ended || !unit.objects.iter().any(|o| unit.is_part(o)) {
             continue;
         }
+        let _turn = budget.housekeeper().await;
         if let Err(error) = unit.tidy(destination, abandoned, now, &mut done).await {
             done.failed += 1;
             let store_works = error.is_corrupt() || error.is_not_found();
@@ -177,6 +184,8 @@ fn holds(outer: &WalRange, inner: &WalRange) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use futures::FutureExt;
+
     use super::*;
     use crate::pg::SystemId;
     use crate::repository::layout::Incarnation;
@@ -230,10 +239,10 @@ mod tests {
         put(&destination, 1, 700, &bytes[700..]).await;
         put(&destination, 2, 0, &bytes[..9]).await;
         let now = crate::util::clock::now();
-        let soon = tidy(&destination, written(1, 2), now).await.expect("tidy");
+        let soon = tidy(&destination, written(1, 2), now, &Budget::new(0)).await.expect("tidy");
         assert_eq!(soon, Tidied { assembled: 1, ..Tidied::default() });
         let later = now + TimeDelta::minutes(61);
-        let done = tidy(&destination, written(1, 2), later).await.expect("tidy");
+        let done = tidy(&destination, written(1, 2), later, &Budget::new(0)).await.expect("tidy");
         assert_eq!(done, Tidied { parts_deleted: 2, ..Tidied::default() });
         assert_eq!(listed(&destination).await, [(1, 0, 1 << 20), (2, 0, 9)]);
     }
@@ -248,7 +257,7 @@ mod tests {
         put(&destination, 2, 0, &bytes[..50]).await;
         put(&destination, 2, 60, &bytes[60..]).await;
         let later = crate::util::clock::now() + TimeDelta::hours(2);
-        let done = tidy(&destination, written(1, 9), later).await.expect("tidy");
+        let done = tidy(&destination, written(1, 9), later, &Budget::new(0)).await.expect("tidy");
         assert_eq!(done, Tidied::default());
         assert_eq!(listed(&destination).await.len(), 4);
     }
@@ -262,7 +271,7 @@ mod tests {
         put(&destination, 1, 50, &bytes[50..90]).await;
         seal(&destination, TimelineId(1), SegmentNo(1)).await.expect("seal");
         let later = crate::util::clock::now() + TimeDelta::hours(2);
-        tidy(&destination, written(1, 9), later).await.expect("tidy");
+        tidy(&destination, written(1, 9), later, &Budget::new(0)).await.expect("tidy");
         assert_eq!(listed(&destination).await, [(1, 0, 90)]);
     }
 
@@ -275,10 +284,10 @@ mod tests {
         put(&destination, 1, 50, &bytes[50..90]).await;
         put(&destination, 1, 200, &bytes[200..300]).await;
         let later = crate::util::clock::now() + TimeDelta::hours(2);
-        let written_on = tidy(&destination, written(1, 1), later).await.expect("tidy");
+        let written_on = tidy(&destination, written(1, 1), later, &Budget::new(0)).await.expect("tidy");
         assert_eq!(written_on, Tidied::default(), "it is still written");
-        tidy(&destination, written(2, 1), later).await.expect("tidy");
-        tidy(&destination, written(2, 1), later).await.expect("tidy");
+        tidy(&destination, written(2, 1), later, &Budget::new(0)).await.expect("tidy");
+        tidy(&destination, written(2, 1), later, &Budget::new(0)).await.expect("tidy");
         assert_eq!(listed(&destination).await, [(1, 0, 90), (1, 200, 300)]);
     }
 
@@ -291,9 +300,9 @@ mod tests {
         put(&destination, 1, 64 << 20, &unit[..1000]).await;
         put(&destination, 1, (64 << 20) + 1000, &unit[1000..]).await;
         let later = crate::util::clock::now() + TimeDelta::hours(2);
-        let done = tidy(&destination, written(1, 9), later).await.expect("tidy");
+        let done = tidy(&destination, written(1, 9), later, &Budget::new(0)).await.expect("tidy");
         assert_eq!(done, Tidied { assembled: 1, ..Tidied::default() });
-        let done = tidy(&destination, written(1, 9), later).await.expect("tidy");
+        let done = tidy(&destination, written(1, 9), later, &Budget::new(0)).await.expect("tidy");
         assert_eq!(done, Tidied { parts_deleted: 2, ..Tidied::default() });
         assert_eq!(listed(&destination).await, [(1, 64 << 20, 128 << 20)]);
     }
@@ -311,8 +320,37 @@ mod tests {
         let path = dir.path().join("shop").join(first.as_str());
         crate::util::durable_fs::write(&path, b"damaged", 0o600).expect("damage");
         let now = crate::util::clock::now();
-        let done = tidy(&destination, written(1, 9), now).await.expect("tidy");
+        let done = tidy(&destination, written(1, 9), now, &Budget::new(0)).await.expect("tidy");
         assert_eq!((done.assembled, done.failed), (1, 1));
         assert!(done.trouble.is_some_and(|trouble| trouble.contains(first.as_str())));
+    }
+
+    #[tokio::test]
+    async fn no_more_units_are_read_at_a_time_than_the_budget_has_turns() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let destination = destination(&dir).await;
+        let bytes = content();
+        put(&destination, 1, 0, &bytes[..700]).await;
+        put(&destination, 1, 700, &bytes[700..]).await;
+        let (budget, now) = (Budget::new(0), crate::util::clock::now());
+        let mut turns = Vec::new();
+        while let Some(Some(turn)) = budget.housekeeper().now_or_never() {
+            turns.push(turn);
+        }
+        let mut tidying = Box::pin(tidy(&destination, written(1, 9), now, &budget));
+        // Another, with a budget of its own, looks at the same again and again meanwhile.
+        let other = Budget::new(0);
+        let looked = async {
+            for _ in 0..20 {
+                tidy(&destination, written(1, 9), now, &other).await.expect("tidy");
+            }
+        };
+        tokio::select! {
+            biased;
+            _ = &mut tidying => panic!("it does not wait for its turn"),
+            () = looked => {}
+        }
+        turns.pop();
+        assert!(tidying.await.is_ok());
     }
 }

@@ -79,8 +79,11 @@ async fn read_covering(
     bounds: Range<u64>,
 ) -> Result<Bytes, RepositoryError> {
     let ranges: Vec<&WalRange> = objects.iter().map(|o| &o.range).collect();
-    let (chosen, _) = cover(&ranges, bounds.clone());
+    let (chosen, reached) = cover(&ranges, bounds.clone());
     let mut bytes = BytesMut::new();
+    if chosen.len() > 1 {
+        bytes.reserve(usize::try_from(reached - bounds.start).unwrap_or(0));
+    }
     for range in chosen {
         let Some(object) = objects.iter().find(|o| o.range == *range) else { continue };
         let content = read_range(repository, object).await?;

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use super::*;
+use crate::archive::Budget;
 use crate::archive::indexing::catch_up;
 use crate::archive::uploader::Destination;
 use crate::pg::{FullXid, SegmentName, Timestamp, Xid};
@@ -130,7 +131,7 @@ async fn few_objects_are_read_to_find_a_moment_among_ten_thousand_segments() {
     let destination = Destination { repository: world.repository.clone(), incarnation, segment_size: size };
     for _ in 0..2 {
         let before = SegmentNo(FIRST + SEGMENTS);
-        catch_up(&destination, &world.known, T1, before).await.expect("rolled up");
+        catch_up(&destination, &world.known, T1, before, &Budget::new(0)).await.expect("rolled up");
         let stored = index::list(&world.repository, incarnation, T1, size).await.expect("listed");
         assert_eq!(stored.rollups.len(), 625 + 39 + 2);
     }
