@@ -21,10 +21,11 @@ use crate::replication::{ConnectConfig, HostAddress, ReplicationError, Sql, sql:
 use crate::util::durable_fs;
 use crate::util::units::{show_bytes, show_duration};
 
-/// Between two looks while all is well, while it is not, and until the slot is there.
+/// Between two looks while all is well, and while it is not.
 const LOOK: Duration = Duration::from_secs(300);
 const LOOK_IN_DANGER: Duration = Duration::from_secs(60);
-const LOOK_FIRST: Duration = Duration::from_secs(10);
+/// While something is about to change: there is no slot yet, or the one that was given up is made anew.
+const LOOK_SOON: Duration = Duration::from_secs(10);
 const LOOKS_FIRST_MAX: u32 = 12;
 
 /// Below these a slot that does not move on is a warning, and an alarm.
@@ -166,8 +167,8 @@ fn lost(now: &Reading) -> Found {
     let status = slot.wal_status.as_deref().unwrap_or_default();
     let (what, advice) = if status == "lost" || slot.invalidation_reason.is_some() {
         let reason = slot.invalidation_reason.as_deref().unwrap_or("WAL that it needs is removed");
-        let advice = "A new slot and a new backup are made by themselves; raise max_slot_wal_keep_size, or end what keeps \
-                      WAL from being stored, lest it happens again.";
+        let advice = "A new slot and a new backup are made by themselves; raise max_slot_wal_keep_size (the server \
+                      writes WAL while a backup runs, too), or end what keeps WAL from being stored, lest it happens again.";
         (format!("the server has given the slot {} up: {reason}", slot.name), advice)
     } else if status == "unreserved" {
         let advice = "Raise max_slot_wal_keep_size now (ALTER SYSTEM, then SELECT pg_reload_conf()), and see why WAL is not \
@@ -259,9 +260,10 @@ impl Guardian {
             looks += 1;
             level = worst;
             let pause = match worst {
-                _ if reports.is_empty() && looks <= LOOKS_FIRST_MAX => LOOK_FIRST,
+                _ if reports.is_empty() && looks <= LOOKS_FIRST_MAX => LOOK_SOON,
                 Level::Fine => LOOK,
-                Level::Warning | Level::Alarm => LOOK_IN_DANGER,
+                Level::Warning => LOOK_IN_DANGER,
+                Level::Alarm => LOOK_SOON,
             };
             self.snapshot.send_if_modified(|snapshot| {
                 let changed = snapshot.slots != reports;

@@ -9,7 +9,6 @@ use tokio_util::sync::CancellationToken;
 
 use super::pulse::Pulse;
 use super::reload::ReloadReport;
-use super::repositories;
 use super::snapshot::{BackupProgress, EnvironmentSnapshot, Snapshot};
 use crate::error::{Code, Failure};
 use crate::pg::Timestamp;
@@ -182,8 +181,10 @@ impl Handle {
 
     fn find(&self, environment: &str) -> Result<EnvironmentHandle, Failure> {
         let environments = self.environments.read().unwrap_or_else(PoisonError::into_inner);
-        let known = environments.keys().map(String::as_str);
-        environments.get(environment).cloned().ok_or_else(|| repositories::not_found(environment, known))
+        environments.get(environment).cloned().ok_or_else(|| {
+            Failure::new(Code::NotFound, format!("this daemon looks after no server of {environment}"))
+                .hint("`postgres` in its part of the configuration names one; after a change, `pgrecall reload`.")
+        })
     }
 
     fn send(&self, environment: &str, request: Request) -> Result<(), Failure> {

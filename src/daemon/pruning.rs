@@ -1,7 +1,9 @@
 //! Prunes an environment once a day, for as long as its task runs, and whenever somebody asks; one prune at a time.
 
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
+use futures::FutureExt;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -95,14 +97,20 @@ impl Pruner {
     async fn prune(&self, unwanted: &CancellationToken) -> Result<Report, Failure> {
         let mut nobody = ();
         let work = prune::run(&self.repository, self.generation, self.window, &mut nobody, self.cancel.clone());
+        // It may end anywhere, so after a panic, too, the next one goes on.
+        let work = AssertUnwindSafe(work).catch_unwind();
         let report = tokio::select! {
             biased;
             () = unwanted.cancelled() => return Err(prune::cancelled()),
-            report = work => report?,
+            report = work => report.unwrap_or_else(|_| Err(panicked()))?,
         };
         tell(&report);
         Ok(report)
     }
+}
+
+fn panicked() -> Failure {
+    Failure::new(Code::Internal, "prune: it panicked").hint("The daemon's log says where; please report it.")
 }
 
 fn tell(report: &Report) {
