@@ -62,10 +62,14 @@ fn a_reload_touches_only_what_changed_and_names_what_stays() {
     assert_eq!((walsender(&shop), walsender(&cafe)), (shop_pid.clone(), cafe_pid.clone()));
 
     // Another value in one environment: that one alone begins anew.
-    host.configure(&[kept.clone(), other.key("rpo", "\"0s\"")]);
+    host.configure(&[kept.clone(), other.key("rpo", "\"0s\""), environment(&host, "museum")]);
     host.daemon().signal("HUP");
     wait::until("cafe streams anew", 60, || !["", cafe_pid.as_str()].contains(&walsender(&cafe).as_str()));
     assert_eq!(walsender(&shop), shop_pid);
+
+    // Where there is no server, there is nothing for the daemon to do.
+    let answer = host.refused(&["backup", "museum"]);
+    assert!(answer.stderr.contains("looks after no server of museum"), "{}", answer.stderr);
 
     // One that is taken out ends, and says what stays.
     host.announce("not looked after any more");
