@@ -154,8 +154,8 @@ def measure(options, folder, clusters):
         streaming = lambda: sum(c.streaming() for c in clusters) >= each * len(clusters)
         figures["start_all_s"] = wait_for("all to stream", 300, streaming)
         figures["all_protected_s"] = wait_for("all to be protected", 1800, lambda: all_protected(daemon, names))
-        # What a start leaves to do (surveys, tidying) is done after a while.
-        time.sleep(45)
+        # What a start leaves to do (surveys; tidying, in which the environments take turns) is done after a while.
+        time.sleep(150)
         before, begin = daemon.cpu_seconds(), time.monotonic()
         time.sleep(options.seconds)
         figures["idle_cpu_percent"] = 100 * (daemon.cpu_seconds() - before) / (time.monotonic() - begin)

@@ -25,7 +25,7 @@ use crate::repository::{BackupId, Generation, Incarnation, Repository, catalogue
 use crate::util::clock;
 
 /// How often a running backup asks whether another writer has taken over.
-const GENERATION_PERIOD: Duration = Duration::from_secs(60);
+const GENERATION_PERIOD: Duration = Duration::from_secs(10);
 
 /// What a backup asks the archive.
 #[async_trait]
