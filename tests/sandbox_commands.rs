@@ -103,6 +103,7 @@ fn a_person_restores_looks_and_leaves_while_the_daemon_comes_and_goes() {
     let released = world.host.run(&["sandbox", "release", &second]);
     assert!(released.contains("pg_ctl start -D "), "{released}");
 
+    world.host.run(&["backup", "shop", "--ticket", "OPS-1"]);
     world.host.run(&["sandbox", "destroy", &job]);
     assert!(!world.dir.join("area/shop").join(&job).exists());
     let file = world.dir.join("report.md");
@@ -110,7 +111,8 @@ fn a_person_restores_looks_and_leaves_while_the_daemon_comes_and_goes() {
     let close = ["incident", "close", "shop", "--ticket", "OPS-1", "--outcome", "rows put back", "--report", &report];
     world.host.run(&close);
     let report = std::fs::read_to_string(file).expect("the report");
-    for part in ["orders are gone", "## Restored", "checked: replay stopped where it was planned", "rows put back"] {
+    let checked = "checked: replay stopped where it was planned";
+    for part in ["orders are gone", "## Restored", checked, "backup of shop done", "rows put back"] {
         assert!(report.contains(part), "{part}: {report}");
     }
     let audit = world.host.run(&["audit", "shop"]);

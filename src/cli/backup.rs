@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use clap::Args;
 use hyper::Method;
+use serde_json::Value;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::progress::Progress;
-use super::{Context, EnvironmentArgument, interrupted, remote};
+use super::{Context, EnvironmentArgument, TicketArgument, interrupted, remote};
 use crate::config::{Config, Environment};
 use crate::control::client::{Client, ClientError};
 use crate::control::protocol::{Accepted, BackupEvent, JobReport};
@@ -27,12 +28,15 @@ const STREAMING_WAIT: Duration = Duration::from_secs(60);
 pub struct Arguments {
     #[command(flatten)]
     environment: EnvironmentArgument,
+    #[command(flatten)]
+    ticket: TicketArgument,
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
+    let body = arguments.ticket.with(serde_json::json!({}));
     if let Some(client) = context.daemon_of_another() {
         let path = format!("/v1/environments/{}/backup", arguments.environment.name);
-        let report = remote::run_job(context, &client, &path, &serde_json::json!({})).await?;
+        let report = remote::run_job(context, &client, &path, &body).await?;
         return show_end(context, event_of(&report));
     }
     let config = context.load_config()?;
@@ -44,7 +48,7 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
             let failure = Failure::new(Code::Cancelled, "wait for the backup: interrupted");
             return Err(failure.hint("The daemon goes on with the backup; `pgrecall status` shows it."));
         }
-        asked = ask_daemon(&config, environment, &mut progress) => asked,
+        asked = ask_daemon(&config, environment, &body, &mut progress) => asked,
     };
     let event = match asked {
         Ok(event) => event,
@@ -76,11 +80,12 @@ fn show_end(context: &Context, event: BackupEvent) -> Result<(), Failure> {
 async fn ask_daemon(
     config: &Config,
     environment: &Environment,
+    body: &Value,
     progress: &mut Progress,
 ) -> Result<BackupEvent, ClientError> {
     let client = Client::new(&config.control_socket);
     let path = format!("/v1/environments/{}/backup", environment.name);
-    let accepted: Accepted = client.ask(Method::POST, &path, None).await?;
+    let accepted: Accepted = client.ask(Method::POST, &path, Some(body)).await?;
     let report = client.follow(&accepted.job, |report| show(progress, &event_of(report))).await?;
     Ok(event_of(&report))
 }

@@ -36,6 +36,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use serde_json::Value;
 
 use crate::config::{self, Config, Environment};
 use crate::control::client::Client;
@@ -126,6 +127,24 @@ struct EnvironmentArgument {
     /// The environment, as the configuration names it
     #[arg(value_name = "ENV")]
     name: String,
+}
+
+// Without a doc comment, for the same reason.
+#[derive(Debug, Args)]
+struct TicketArgument {
+    /// The ticket that it is for, where the daemon does it
+    #[arg(long, value_name = "TICKET")]
+    ticket: Option<String>,
+}
+
+impl TicketArgument {
+    /// What is asked of the daemon, for this ticket.
+    fn with(&self, mut body: Value) -> Value {
+        if let (Some(fields), Some(ticket)) = (body.as_object_mut(), &self.ticket) {
+            fields.insert("ticket".to_owned(), ticket.as_str().into());
+        }
+        body
+    }
 }
 
 impl EnvironmentArgument {

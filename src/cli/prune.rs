@@ -5,7 +5,7 @@ use hyper::Method;
 use tokio_util::sync::CancellationToken;
 
 use super::output::Output;
-use super::{Context, EnvironmentArgument, interrupted, remote, until_interrupted};
+use super::{Context, EnvironmentArgument, TicketArgument, interrupted, remote, until_interrupted};
 use crate::config::{Config, Environment};
 use crate::control::client::{Client, ClientError};
 use crate::error::Failure;
@@ -21,6 +21,8 @@ pub struct Arguments {
     /// Remove nothing; say of every object whether the next prune removes it, and why
     #[arg(long)]
     dry_run: bool,
+    #[command(flatten)]
+    ticket: TicketArgument,
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
@@ -31,7 +33,7 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
                 let path = format!("{path}/plan");
                 until_interrupted(remote::show(context, &client, Method::POST, &path, None)).await
             }
-            false => ask(context, &client, &path).await,
+            false => ask(context, &client, &path, &arguments.ticket).await,
         };
     }
     let config = context.load_config()?;
@@ -40,7 +42,7 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
         return until_interrupted(explain(context, environment)).await;
     }
     match daemon_of(&config, environment).await? {
-        Some(client) => ask(context, &client, &path).await,
+        Some(client) => ask(context, &client, &path, &arguments.ticket).await,
         None => alone(context, environment).await,
     }
 }
@@ -58,8 +60,8 @@ async fn daemon_of(config: &Config, environment: &Environment) -> Result<Option<
     }
 }
 
-async fn ask(context: &Context, client: &Client, path: &str) -> Result<(), Failure> {
-    let report = remote::run_job(context, client, path, &serde_json::json!({})).await?;
+async fn ask(context: &Context, client: &Client, path: &str, ticket: &TicketArgument) -> Result<(), Failure> {
+    let report = remote::run_job(context, client, path, &ticket.with(serde_json::json!({}))).await?;
     remote::show_end(context, report)
 }
 

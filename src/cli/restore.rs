@@ -12,7 +12,7 @@ use super::places::{PlacesArguments, absolute};
 use super::progress::Progress;
 use super::sandbox::{self, CreateArguments};
 use super::target::TargetArguments;
-use super::{Context, interrupted, remote};
+use super::{Context, TicketArgument, interrupted, remote};
 use crate::config::Environment;
 use crate::control::client::Client;
 use crate::daemon::jobs::restore::{CheckAsked, FinishAsked, RestoreAsked};
@@ -50,9 +50,8 @@ pub struct Arguments {
     /// A superuser of the restored cluster, for the checks
     #[arg(long, value_name = "ROLE", default_value = "postgres")]
     user: String,
-    /// The ticket that it is for, when the daemon restores
-    #[arg(long, value_name = "TICKET")]
-    ticket: Option<String>,
+    #[command(flatten)]
+    ticket: TicketArgument,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -164,10 +163,7 @@ async fn ask_daemon(context: &Context, client: &Client, arguments: &Arguments) -
         user: arguments.user.clone(),
     };
     let path = format!("/v1/environments/{environment}/restore");
-    let mut body = remote::body(&asked);
-    if let (Some(fields), Some(ticket)) = (body.as_object_mut(), &arguments.ticket) {
-        fields.insert("ticket".to_owned(), ticket.as_str().into());
-    }
+    let body = arguments.ticket.with(remote::body(&asked));
     let report = remote::run_job(context, client, &path, &body).await?;
     remote::show_end(context, report)
 }

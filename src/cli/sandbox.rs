@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::psql::{self, Psql};
 use super::target::TargetArguments;
-use super::{Context, remote, until_interrupted};
+use super::{Context, TicketArgument, remote, until_interrupted};
 use crate::control::client::Client;
 use crate::error::{Code, Failure};
 use crate::instance::locate::locate;
@@ -40,9 +40,8 @@ pub enum Verb {
 pub struct CreateArguments {
     #[command(flatten)]
     pub target: TargetArguments,
-    /// The ticket that it is for
-    #[arg(long, value_name = "TICKET")]
-    pub ticket: Option<String>,
+    #[command(flatten)]
+    pub ticket: TicketArgument,
     /// Let its role write, too
     #[arg(long)]
     pub writable: bool,
@@ -108,11 +107,10 @@ pub async fn run(context: &Context, verb: Verb) -> Result<(), Failure> {
 pub async fn create(context: &Context, arguments: CreateArguments) -> Result<(), Failure> {
     let client = Client::new(&context.socket());
     let asked = arguments.target.asked();
-    let mut body = remote::body(&asked);
+    let mut body = arguments.ticket.with(remote::body(&asked));
     if let Value::Object(fields) = &mut body {
         fields.insert("writable".to_owned(), json!(arguments.writable));
         fields.insert("expires".to_owned(), json!(arguments.expires));
-        fields.insert("ticket".to_owned(), json!(arguments.ticket));
     }
     let path = format!("/v1/environments/{}/sandboxes", arguments.target.environment.name);
     let report = remote::run_job(context, &client, &path, &body).await?;

@@ -3,7 +3,7 @@
 use clap::Args;
 
 use super::progress::Progress;
-use super::{Context, EnvironmentArgument, remote};
+use super::{Context, EnvironmentArgument, TicketArgument, remote};
 use crate::daemon::jobs::verify::VerifyAsked;
 use crate::error::{Code, Failure};
 use crate::operations::verify;
@@ -23,6 +23,8 @@ pub struct Arguments {
     /// Go on after this object, as an interrupted reading said
     #[arg(long, value_name = "OBJECT", requires = "read_data")]
     after: Option<String>,
+    #[command(flatten)]
+    ticket: TicketArgument,
 }
 
 pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
@@ -33,7 +35,8 @@ pub async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure>
             sample: arguments.sample,
             after: arguments.after,
         };
-        let report = remote::run_job(context, &client, &path, &remote::body(&asked)).await?;
+        let body = arguments.ticket.with(remote::body(&asked));
+        let report = remote::run_job(context, &client, &path, &body).await?;
         return remote::show_end(context, report);
     }
     let config = context.load_config()?;
