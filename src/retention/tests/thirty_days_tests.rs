@@ -7,12 +7,13 @@ use std::task::Poll;
 use chrono::TimeDelta;
 
 use super::model_tests::{on_one_thread, prune, take};
-use super::world_tests::{Good, Random, SIZE, WINDOW, World, size};
-use crate::lineage::StoredRanges;
+use super::world_tests::{Good, Instant, Random, SIZE, WINDOW, World, size};
 use crate::repository::layout::{self, BackupMark, WalName};
 use crate::repository::store::Object;
 use crate::repository::testing::sim::Fault;
-use crate::repository::{BackupId, Generation, Key};
+use crate::repository::{BackupId, Generation, Key, identity};
+use crate::restore::gather::{Gathered, PlanRequest};
+use crate::restore::plan::Stop;
 use crate::retention::policy::GRACE;
 use crate::retention::prune::{Observer, Prune, PruneError, Settings};
 use crate::retention::reason::{Reason, Verdict};
@@ -87,7 +88,7 @@ impl Month {
                 self.fault_soon();
                 let failed = prune(self.world.clone(), self.own, TimeDelta::zero()).await.is_err();
                 self.seen.failed_prunes += usize::from(failed);
-                self.check(day);
+                self.check(day).await;
             }
             6 => self.world.fail_over(self.random.below(3)),
             _ => {
@@ -160,7 +161,7 @@ impl Month {
         while let Some(index) = self.paused.iter().position(|(until, _)| *until <= day) {
             self.paused.swap_remove(index).1.await;
             self.seen.woken += 1;
-            self.check(day);
+            self.check(day).await;
         }
     }
 
@@ -176,7 +177,7 @@ impl Month {
         let report = prune(self.world.clone(), self.own, TimeDelta::zero()).await.expect("a prune");
         self.seen.dropped += report.dropped.len();
         self.seen.removed += report.removed_total().objects;
-        self.check(day);
+        self.check(day).await;
         let store = self.world.store.clone();
         let clock = move || store.state().now;
         let settings = Settings { window: WINDOW, deletes_at_once: 1 };
@@ -192,28 +193,49 @@ impl Month {
         committed.into_iter().filter(|g| holds(g, BackupMark::Commit) && !holds(g, BackupMark::Dropped)).collect()
     }
 
-    /// Whatever can be seen is whole, and every moment of the window that ever could be reached can be.
-    fn check(&self, day: u64) {
-        let visible = self.visible();
-        for good in &visible {
+    /// Whatever can be seen is whole, and a restore can be planned to every moment of the window that ever could be reached.
+    async fn check(&self, day: u64) {
+        for good in &self.visible() {
             let whole = (0..2).all(|number| self.world.holds(&Key::pack(good.incarnation, &good.id, number)));
             assert!(whole, "day {day}: {} lacks a pack", good.id);
         }
-        let mut stored = StoredRanges::default();
-        for key in self.world.keys() {
-            if let Some(WalName::Range(range)) = layout::parse_wal(&Key::for_tests(&key), size()) {
-                stored.add(range.timeline, range.start_lsn(size()), range.end_lsn(size()));
-            }
-        }
+        let archive = self.undisturbed(self.archive()).await;
         let truth = self.world.truth();
         let ever: Vec<&Good> = truth.good.iter().collect();
-        let now: Vec<&Good> = visible.iter().filter(|v| ever.iter().any(|good| good.id == v.id)).collect();
         let start = truth.newest_claim.expect("claims") - WINDOW;
         for instant in truth.instants.iter().filter(|instant| instant.at >= start) {
-            let (all, _) = truth.path(instant.incarnation, instant.timeline).expect("known");
-            let lost = truth.reaches(instant, all, &ever) && !truth.reaches(instant, &stored, &now);
-            assert!(!lost, "day {day}: {} is lost; the window begins at {start}", instant.at);
+            let Instant { incarnation, timeline, lsn, .. } = *instant;
+            let (all, _) = truth.path(incarnation, timeline).expect("known");
+            if truth.reaches(instant, all, &ever) {
+                let stop = Stop { timeline, lsn, inclusive: false, end_lsn: lsn };
+                let request = PlanRequest { environment: "shop", stop, backup: None, lacks: &[] };
+                let planned = archive.plan(&request);
+                assert!(
+                    planned.is_ok(),
+                    "day {day}: {} is lost; the window begins at {start}: {planned:?}",
+                    instant.at
+                );
+            }
         }
+    }
+
+    /// What a restore sees.
+    async fn archive(&self) -> Gathered {
+        let repository = &self.world.repository;
+        let known = identity::current(repository).await.expect("readable").expect("an incarnation");
+        Gathered::load(repository, &known).await.expect("listed")
+    }
+
+    /// Looks at the store; what is to go wrong there goes wrong afterwards, as if nobody had looked.
+    async fn undisturbed<T>(&self, look: impl Future<Output = T>) -> T {
+        let (faults, calls) = {
+            let mut state = self.world.store.state();
+            (std::mem::take(&mut state.faults), state.calls)
+        };
+        let seen = look.await;
+        let mut state = self.world.store.state();
+        (state.faults, state.calls) = (faults, calls);
+        seen
     }
 
     /// Nothing goes wrong any more: in the end there is nothing that nobody needs.

@@ -285,6 +285,10 @@ impl World {
             let pack = PackRef { backup: id.clone(), number, salt: [0; 16] };
             packs.push(PackEntry { pack, bytes: 6, digest: Digest([0; 32]) });
         }
+        if lag == 0 {
+            // WAL is written while a backup runs.
+            self.segment();
+        }
         let stop_lsn = Lsn(self.truth().segment * SIZE);
         let good = Good { incarnation, id: id.clone(), timeline, start_lsn, stop_lsn };
         if !self.is_stored(&good) || generation::is_superseded(repository, own).await.ok()? {
