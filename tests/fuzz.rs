@@ -6,11 +6,14 @@
 //! many, `PGRECALL_FIRST_ROUND` goes on from there; `PGRECALL_SLOW=1` runs each target for two and a half minutes. What was run
 //! is noted in `tests/totals.tsv`.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use pgrecall::config::Config;
+use pgrecall::control::request::{ParseError, parse};
 use pgrecall::pg::{Lsn, SegmentName, SegmentSize, SystemId, TimelineId};
 use pgrecall::replication::base_backup::{BackupEvent, BaseBackupOptions};
 use pgrecall::replication::tar::{TarEvent, TarReader};
@@ -338,4 +341,79 @@ fn a_server_that_says_anything_gets_an_end() {
             }
         });
     });
+}
+
+/// Nothing that was read is taken from what cannot be text.
+fn mutate_text(random: &mut StdRng, text: &str) -> String {
+    let mut bytes = text.as_bytes().to_vec();
+    mutate(random, &mut bytes);
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[test]
+fn a_changed_request_is_read_or_what_is_wrong_is_said_in_short() {
+    let sound = [
+        (
+            "POST",
+            "/v1/environments/shop/restore",
+            r#"{"to":"2026-11-28 03:45:50Z","into":"/x","tablespaces":[["/a","/b"]]}"#,
+        ),
+        ("POST", "/v1/environments/shop/backup", r#"{"ticket":"T-1","idempotency_key":"k"}"#),
+        ("GET", "/v1/environments/shop/audit?last=5", ""),
+        ("POST", "/v1/sandboxes/20261128t034550z_68e1f7/connect?superuser=true", ""),
+        ("DELETE", "/v1/environments/shop/pins/p", ""),
+        ("GET", "/v1/jobs/20261128t034550z_68e1f7/follow", "{}"),
+    ];
+    let (mut read, mut refused) = (0_u64, 0_u64);
+    rounds("control::request", 20_000, |random| {
+        let (method, path, body) = sound[random.random_range(0..sound.len())];
+        let (mut path, mut body) = (path.to_owned(), body.to_owned());
+        match random.random_range(0..3) {
+            0 => path = mutate_text(random, &path),
+            1 => body = mutate_text(random, &body),
+            _ => {}
+        }
+        let (path, query) = path.split_once('?').map_or((path.as_str(), None), |(path, query)| (path, Some(query)));
+        match parse(&method.parse().expect("a method"), path, query, body.as_bytes()) {
+            Ok(request) => {
+                read += 1;
+                // Everything that rights and records ask of it.
+                let _ =
+                    (request.required_role(), request.subject(), request.detail(), request.ticket(), request.weight());
+            }
+            Err(ParseError::NoSuchPath(why) | ParseError::OtherMethod(why) | ParseError::Malformed(why)) => {
+                refused += 1;
+                assert!(why.message.len() < 1000, "{}", why.message);
+            }
+        }
+    });
+    assert!(read > 0 && refused > 0, "{read} read, {refused} refused");
+}
+
+#[test]
+fn a_changed_configuration_is_read_or_its_problems_are_named_with_their_lines() {
+    let example = include_str!("../config.example.toml");
+    let is_key = |line: &str| line.starts_with('#') && line[1..].starts_with(|c: char| c.is_ascii_lowercase());
+    let (mut read, mut refused) = (0_u64, 0_u64);
+    rounds("config", 2000, |random| {
+        let mut text = String::new();
+        for line in example.lines() {
+            let shown = is_key(line) && random.random_range(0..3) == 0;
+            text.push_str(if shown { &line[1..] } else { line });
+            text.push('\n');
+        }
+        if random.random_range(0..8) > 0 {
+            text = mutate_text(random, &text);
+        }
+        match Config::parse(&text, Path::new("config.toml")) {
+            Ok(_) => read += 1,
+            Err(problems) => {
+                refused += 1;
+                let lines = text.lines().count();
+                let named = |problem: &pgrecall::config::Problem| (1..=lines.max(1)).contains(&problem.line);
+                assert!(!problems.is_empty() && problems.iter().all(named), "{problems:?} in {lines} lines");
+            }
+        }
+    });
+    assert!(read > 0 && refused > 0, "{read} read, {refused} refused");
 }
