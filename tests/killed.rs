@@ -1,10 +1,11 @@
 //! What the next start says and does when the daemon was killed in the middle of its work. A sandbox that ran is found again in
-//! `sandbox_commands`; a backup that had not stored anything yet is in `control`, a killed prune in `retention_store`.
+//! `sandbox_commands`; a backup that had not stored anything yet is in `control`, a prune without a daemon in `retention_store`.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
+use crate::common::guard::Process;
 use crate::common::minio::Minio;
 use crate::common::pgrecall::{Environment, Pgrecall, Store};
 use crate::common::postgres::{Cluster, run};
@@ -58,7 +59,7 @@ fn hint(job: &Value) -> String {
 }
 
 #[test]
-fn a_backup_whose_daemon_was_killed_is_never_seen_is_taken_anew_and_its_remains_go() {
+fn a_backup_whose_daemon_was_killed_is_never_seen_is_taken_anew_and_its_remains_go_over_a_killed_prune() {
     let mut world = World::new();
     // All of it is stored but the object that makes it a backup.
     world.proxy.add(Rule::new(Fault::Hang).on("PUT").key(".backup"));
@@ -84,12 +85,21 @@ fn a_backup_whose_daemon_was_killed_is_never_seen_is_taken_anew_and_its_remains_
     let ids: Vec<&str> = listed.as_array().expect("a list").iter().filter_map(|b| b["id"].as_str()).collect();
     assert!(ids.len() == 1 && ids[0] != broken, "{listed}, {again}");
     println!("{}\n{}", status["environments"][0]["state"], world.host.run(&["jobs", "list"]));
+
+    // Killed again, while it removes that: what it had begun is ended by the next one's prune.
+    world.proxy.add(Rule::new(Fault::Hang).on("PUT").key(&format!("{broken}.dropped")));
+    let mut command = world.host.command(&["prune", "shop"]);
+    let mut asked = Process::spawn(command.stdout(Stdio::null()).stderr(Stdio::null()));
+    wait::until("its mark", 60, || world.was_put(&format!("{broken}.leaving-")).is_some());
+    world.wait_job("prune", 0, "running");
+    world.kill();
+    assert!(!asked.wait(60).success(), "who asked is told");
+    world.host.start(&[&world.cluster]);
+    assert!(hint(&world.wait_job("prune", 0, "interrupted")).contains("goes on where this one ended"));
+    let pruned = world.host.json(&["prune", "shop"]);
+    assert!(pruned["dropped"].to_string().contains(&broken), "{pruned}");
     world.host.wait_stored(&world.cluster, world.cluster.flush_lsn());
     world.host.stop();
-
-    let pruned = world.host.run(&["prune", "shop"]);
-    let dropped = format!("backup {broken} dropped: it was begun long ago, or by a writer that is gone");
-    assert!(pruned.contains(&dropped), "{pruned}");
     world.host.run(&["verify", "shop"]);
     let copy = restore(&world.host, "latest", &world.host.scratch().join("copy"));
     compare::assert_same(&compare::fingerprint(&world.cluster), &compare::fingerprint(&copy));
