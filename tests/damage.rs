@@ -223,17 +223,14 @@ fn what_damage_leaves_is_restored_and_what_it_hit_is_refused_by_name() {
     assert!(in_gap.stderr.contains("missing"), "{in_gap:?}");
 
     // A pack of the backup that is needed: refused before a server is started, and named.
-    let second = backup_id(&scene.objects(".backup")[1]);
-    let pack = scene.objects(&format!("{second}/")).pop().expect("a pack");
+    // Which of those that began at about the same time is the newest, its name does not say.
+    let needed = scene.host.json(&["plan", "shop"])["plan"]["backup"]["id"].as_str().expect("an id").to_owned();
+    let pack = scene.objects(&format!("{needed}/")).pop().expect("a pack");
     Damage::Flip.to(&pack);
     let into = scene.dir.join("damaged").display().to_string();
     let refused = scene.host.refused(&["restore", "shop", "--to", "latest", "--into", &into]);
     assert!(refused.stderr.contains(&scene.name(&pack)), "{refused:?}");
     assert!(!Path::new(&into).join("postmaster.pid").exists(), "nothing runs there");
-}
-
-fn backup_id(commit: &Path) -> String {
-    commit.file_stem().expect("a name").to_string_lossy().into_owned()
 }
 
 /// An archive whose identity is gone says so, to readers too; the daemon writes it again for the same cluster.
