@@ -343,7 +343,7 @@ fn a_server_that_says_anything_gets_an_end() {
     });
 }
 
-/// Nothing that was read is taken from what cannot be text.
+/// Changes a text in one to six ways; what is no text any more is replaced.
 fn mutate_text(random: &mut StdRng, text: &str) -> String {
     let mut bytes = text.as_bytes().to_vec();
     mutate(random, &mut bytes);
@@ -387,7 +387,9 @@ fn a_changed_request_is_read_or_what_is_wrong_is_said_in_short() {
             }
         }
     });
-    assert!(read > 0 && refused > 0, "{read} read, {refused} refused");
+    // Unless a few rounds are looked at again.
+    let tenth = (read + refused) / 10;
+    assert!(tenth < 10 || (read > tenth && refused > tenth), "{read} read, {refused} refused");
 }
 
 #[test]
